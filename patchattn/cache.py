@@ -1,0 +1,264 @@
+"""Cache layers of patched attention modules, as members of transformers' own `Cache`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+
+from . import _compat
+
+
+class PatchCacheLayer(CacheLayerMixin):
+    """Base of a method's own cache layer.
+
+    It reports the *logical* length, all tokens seen, so that positions and the other layers' masks stay right
+    whatever it really keeps. Tensors a subclass names in `tensors` follow beam reordering, batch repeat and
+    select, offloading and reset; their first dimension is the batch.
+    """
+
+    tensors: tuple[str, ...] = ()
+    supports_early_init = False
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Any = 0
+        self._expected = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def expect(self) -> None:
+        """The patched module is about to call `update`."""
+        self._expected = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new tokens and hand them on; the method stores what it keeps when it has attended."""
+        if not self._expected:
+            raise RuntimeError(
+                f"this cache layer ({type(self).__name__}) belongs to a patched model, but a module without that "
+                "patch used it; start with a new cache after patch, unpatch or disabled"
+            )
+        self._expected = False
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if isinstance(self.seen, Tensor):
+            self.seen.add_(key_states.shape[2])  # in place: a compiled decode step keeps its addresses
+        else:
+            self.seen = self.seen + key_states.shape[2]
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        if isinstance(query_length, Tensor):  # a cache position, before 5.4
+            query_length = query_length.shape[0]
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def _apply(self, change: Any) -> None:
+        for name in self.tensors:
+            value = getattr(self, name, None)
+            if value is not None:
+                setattr(self, name, change(value))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._apply(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        self._apply(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._apply(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self.seen = 0
+        self.is_initialized = False
+        for name in self.tensors:
+            setattr(self, name, None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError(f"{type(self).__name__} cannot give tokens back (crop), as assisted decoding asks")
+
+    def cache_bytes(self) -> int:
+        """Bytes of every tensor held."""
+        held = [getattr(self, name, None) for name in self.tensors]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+
+
+class TwoTierLayer(PatchCacheLayer):
+    """Some heads keep every key, the others only the first `sink` and the last `recent` real tokens of a row.
+
+    The streaming tier is a ring: slot `rank` for a sink, slot `sink + (rank - sink) % recent` for the rest, where
+    the rank of a token is its place among the real tokens of its row. So nothing is shifted, a row's padding
+    takes no room, and the rank in every slot follows from the row's `count` alone.
+
+    Attributes:
+        full: transformers' own layer with the keys of the full heads `[B, G_full, S, D]`, or None.
+        ring_keys, ring_values: `[B, G_streaming, sink + recent, D]`, None before the first token.
+        count: `[B]`, real tokens seen by each row.
+    """
+
+    tensors = ("ring_keys", "ring_values", "count")
+
+    def __init__(self, full: bool, sink: int, recent: int, static_length: int | None = None) -> None:
+        super().__init__()
+        self.sink, self.recent = sink, recent
+        self.static_length = static_length
+        self.is_compileable = static_length is not None
+        self.full: Any = None
+        if full:
+            self.full = DynamicLayer() if static_length is None else StaticLayer(static_length)
+        self.ring_keys: Tensor | None = None
+        self.ring_values: Tensor | None = None
+        self.count: Tensor | None = None
+        if static_length is not None:
+            self.seen = torch.zeros((), dtype=torch.long)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.count = torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device)
+        if isinstance(self.seen, Tensor):
+            self.seen = self.seen.to(key_states.device)
+
+    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        if self.static_length is not None:
+            return self.static_length, 0
+        return super().get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return -1 if self.static_length is None else self.static_length
+
+    get_max_cache_shape = get_max_length
+
+    def ranks(self, count: Tensor | None = None) -> Tensor:
+        """`[B, sink + recent]`, the rank of the token in each slot after `count` tokens; -1 where there is none."""
+        last = (self.count if count is None else count)[:, None] - 1  # type: ignore[index]
+        slot = torch.arange(self.sink + self.recent, device=last.device)[None]
+        rank = torch.where(slot < self.sink, slot, last - (last - slot) % self.recent)
+        valid = (rank <= last) & ((slot < self.sink) | (rank >= self.sink))
+        return rank.where(valid, -1)
+
+    def past(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values and ranks of the streaming tier, or None before the first token."""
+        if self.ring_keys is None or self.ring_values is None:
+            return None
+        return self.ring_keys, self.ring_values, self.ranks()
+
+    def write(self, k: Tensor, v: Tensor, new: Tensor) -> None:
+        """Take up streaming keys and values `[B, G, T, D]`, of which the last `new` `[B]` of each row are real."""
+        assert self.count is not None
+        if self.ring_keys is None or self.ring_values is None:
+            shape = (k.shape[0], k.shape[1], self.sink + self.recent)
+            self.ring_keys, self.ring_values = k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3])
+        count = self.count + new
+        if k.shape[2] == 1 and not torch.is_grad_enabled():
+            self._write_one(k, v, new)
+        else:
+            rank = self.ranks(count)  # [B, slots]
+            taken = (rank >= self.count[:, None])[:, None, :, None]
+            index = (k.shape[2] - count[:, None] + rank).clamp(0, k.shape[2] - 1)[:, None, :, None]
+            for name, x in (("ring_keys", k), ("ring_values", v)):
+                there = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+                setattr(self, name, torch.where(taken, there, getattr(self, name)))
+        if self.static_length is not None:
+            self.count.copy_(count)
+        else:
+            self.count = count
+
+    def _write_one(self, k: Tensor, v: Tensor, new: Tensor) -> None:
+        assert self.count is not None and self.ring_keys is not None and self.ring_values is not None
+        slot = torch.where(self.count < self.sink, self.count, self.sink + (self.count - self.sink) % self.recent)
+        index, real = slot[:, None, None, None], (new > 0)[:, None, None, None]
+        for ring, x in ((self.ring_keys, k), (self.ring_values, v)):
+            there = index.expand(-1, x.shape[1], 1, x.shape[3])
+            ring.scatter_(2, there, torch.where(real, x, ring.gather(2, there)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.full is not None:
+            self.full.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.full is not None:
+            self.full.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.full is not None:
+            self.full.batch_select_indices(indices)
+
+    def offload(self) -> None:
+        super().offload()
+        if self.full is not None:
+            self.full.offload()
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.full is not None:
+            self.full.prefetch()
+
+    def reset(self) -> None:
+        super().reset()
+        if self.static_length is not None:
+            self.seen = torch.zeros((), dtype=torch.long)
+        if self.full is not None:
+            self.full.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Give tokens back, which is exact until a streaming head has dropped one."""
+        removed = _compat.tokens_to_remove(tokens_to_remove, int(self.seen))
+        if removed == 0:
+            return
+        if self.static_length is not None:
+            raise RuntimeError("a static cache cannot give tokens back (crop)")
+        if self.count is not None and int(self.count.max()) > self.sink + self.recent:
+            raise RuntimeError(
+                f"cannot give back {removed} tokens: the streaming heads have already dropped tokens beyond "
+                f"sink + recent = {self.sink + self.recent}; use a larger window, or decode without an assistant"
+            )
+        self.seen -= removed
+        if self.count is not None:
+            self.count = self.count - removed
+        if self.full is not None and self.full.is_initialized:
+            self.full.keys = self.full.keys[:, :, :-removed]
+            self.full.values = self.full.values[:, :, :-removed]
+
+    def cache_bytes(self) -> int:
+        return super().cache_bytes() + (layer_bytes(self.full) if self.full is not None else 0)
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of keys, values and states that one cache layer holds, ours or transformers'."""
+    if isinstance(layer, PatchCacheLayer):
+        return layer.cache_bytes()
+    held = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.dim() > 1]
+    for value in vars(layer).values():
+        if isinstance(value, dict):
+            held += [tensor for tensor in value.values() if isinstance(tensor, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a whole cache holds, for patched and unpatched models alike."""
+    return sum(layer_bytes(layer) for layer in cache.layers)

@@ -1,0 +1,299 @@
+"""All that a method may know of the layer it sits on and of the call it is in.
+
+The legend of shapes, here and everywhere: B batch, H query heads, G key/value heads, T queries of this call,
+S keys, D head size, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from patchattn_kernels.attention import MASK_ELEMENTS, query_blocks
+
+from .masks import Mask, additive, boolean
+
+if TYPE_CHECKING:
+    from .cache import PatchCacheLayer
+    from .method import Method
+    from .sites import Site
+
+
+class Attachment:
+    """The record patchattn keeps on an attention module: which methods, over which base attention.
+
+    `base` is the attention that ran before (`"sdpa"`, `"eager"`, ...) and `base_function` what computes it.
+    """
+
+    def __init__(self, site: Site, base: str, base_function: Callable[..., Any]) -> None:
+        self.site = site
+        self.base = base
+        self.base_function = base_function
+        self.methods: list[Method] = []  # outermost first; empty on a layer that only keeps its neighbours' company
+        self.enabled = True
+        self.raw = False  # q and k arrive before rotary
+        self.rotary_function: Callable[..., Any] | None = None
+        self.rotary_embedding: nn.Module | None = None
+        self.splits_rotary = False  # the module rotates only the first part of a head
+        self.context: AttentionContext | None = None  # between the pre-hook and the attention call
+        self.captured: dict[str, Tensor] = {}
+        self.model_inputs: ModelInputs | None = None
+        self.calls = 0
+        self.last_cache: Any = None
+
+
+class ModelInputs:
+    """What one forward of the whole model was called with; shared by all its layers."""
+
+    def __init__(self, model_config: Any, values: dict[str, Any]) -> None:
+        self.input_ids: Tensor | None = values.get("input_ids")
+        self.attention_mask: Tensor | None = values.get("attention_mask")
+        self.values = values
+        self._config = model_config
+
+    @property
+    def visual(self) -> Tensor | None:
+        """`[B, T]`, True where a token of this call stands for a piece of an image or a video; None if unknown."""
+        kinds = self.values.get("mm_token_type_ids")
+        if kinds is not None:
+            return kinds > 0
+        if self.input_ids is None:
+            return None
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        tokens = {value for name in names if (value := getattr(self._config, name, None)) is not None}
+        if not tokens:
+            return None
+        return torch.isin(self.input_ids, torch.tensor(sorted(tokens), device=self.input_ids.device))
+
+
+class AttentionContext:
+    """One call of one attention layer.
+
+    Attributes:
+        module, layer_idx, config: where we are.
+        q: `[B, H, T, D]`; k, v: `[B, G, S, D]`, as the cache returned them; rotated, or raw if asked for raw.
+        past_length: tokens in the cache before this call (an int; a tensor under a static cache).
+        cache: this method's own cache layer, or None.
+        scaling, softcap, sinks, dropout: what the model asks of its attention.
+        model_inputs: of the whole model's forward, if the method needs them.
+        weights: `[B, H, T, S]` where the base attention returns them (eager), else None.
+    """
+
+    __slots__ = (
+        "_depth", "_given_mask", "_hidden_states", "_mask", "attachment", "cache", "k", "key_offset", "kwargs",
+        "layer_idx", "module", "past_length", "position_embeddings", "q", "static", "v", "weights",
+    )  # fmt: skip
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, module: nn.Module, attachment: Attachment) -> None:
+        self.module = module
+        self.attachment = attachment
+        self.layer_idx = attachment.site.layer_idx
+        self.past_length: Any = 0
+        self.key_offset: Any = 0  # the position of the first key, where a sliding cache has dropped some
+        self.static = False  # the keys include slots not written yet
+        self.cache: PatchCacheLayer | None = None
+        self.position_embeddings: Any = None
+        self.weights: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+        self._hidden_states: Tensor | None = None
+        self._given_mask: Tensor | None = None
+        self._mask: Mask | None = None
+        self._depth = 0
+
+    # ---- what the model said -------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.attachment.site.config
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """`[B, T, C]`, the input of the attention module, after the layer's norm."""
+        if self._hidden_states is None:
+            raise RuntimeError(f"{self.attachment.site.name}: the attention was called without its module's __call__, "
+                               "so its hidden states are unknown")  # fmt: skip
+        states = self._hidden_states
+        return states if states.device == self.q.device else states.to(self.q.device)
+
+    @property
+    def residual(self) -> Tensor:
+        """`[B, T, C]`, the residual stream that enters the decoder layer, before its norm (needs "residual")."""
+        return self._captured("residual")
+
+    def projected(self, name: str) -> Tensor:
+        """The raw output of a projection of this module, before any norm and rotary (needs its name)."""
+        return self._captured(name)
+
+    def _captured(self, name: str) -> Tensor:
+        try:
+            return self.attachment.captured[name]
+        except KeyError:
+            owners = ", ".join(type(method).__name__ for method in self.attachment.methods)
+            raise RuntimeError(f"{name!r} was not captured; add it to `needs` of {owners}") from None
+
+    @property
+    def model_inputs(self) -> ModelInputs | None:
+        return self.attachment.model_inputs
+
+    @property
+    def scaling(self) -> float | None:
+        """The factor on the scores; None means D ** -0.5."""
+        return self.kwargs.get("scaling")
+
+    @property
+    def softcap(self) -> float | None:
+        return self.kwargs.get("softcap")
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """`[H]`, a learned extra logit a head (gpt-oss), or None."""
+        return self.kwargs.get("s_aux", self.kwargs.get("sinks"))
+
+    @property
+    def dropout(self) -> float:
+        return self.kwargs.get("dropout", 0.0)
+
+    @property
+    def window(self) -> int | None:
+        """The model's own sliding window on this layer."""
+        return self.kwargs["sliding_window"] if "sliding_window" in self.kwargs else self.attachment.site.window
+
+    @property
+    def causal(self) -> bool:
+        given = self.kwargs.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+    @property
+    def positions(self) -> Tensor:
+        """`[T]`, where the tokens of this call stand in their sequence, padding counted."""
+        return torch.arange(self.q.shape[2], device=self.q.device) + self.past_length
+
+    @property
+    def mask(self) -> Mask:
+        """Which keys may be read, compactly."""
+        if self._mask is None:
+            given = self._given_mask
+            dense = boolean(given) if given is not None and given.dim() == 4 else None
+            padding = given if given is not None and given.dim() == 2 else None
+            self._mask = Mask(padding, self.causal, self.window, dense)
+        return self._mask
+
+    # ---- rotary --------------------------------------------------------------------------------------------
+
+    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The model's own rotary on `[B, heads, tokens, D]`: at the true positions, or at any `[B or 1, tokens]`."""
+        attachment = self.attachment
+        if attachment.rotary_function is None:
+            raise RuntimeError(f"{attachment.site.name}: the model has no rotary that patchattn can apply")
+        if positions is None:
+            cos, sin = self.position_embeddings
+        else:
+            if attachment.rotary_embedding is None:
+                raise RuntimeError(f"{attachment.site.name}: the model's rotary embedding was not found")
+            cos, sin = attachment.rotary_embedding(x, positions)
+        width = cos.shape[-1]
+        if attachment.splits_rotary and width < x.shape[-1]:
+            turned = attachment.rotary_function(x[..., :width], x[..., :width], cos, sin)[0]
+            return torch.cat([turned, x[..., width:]], dim=-1)
+        return attachment.rotary_function(x, x, cos, sin)[0]
+
+    # ---- the inner attention -------------------------------------------------------------------------------
+
+    def attend(self, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        """What would have run had this method not been there: `[B, T, H, D]`. Any of q, k, v may be replaced."""
+        methods, depth = self.attachment.methods, self._depth
+        kept = self.q, self.k, self.v
+        if q is not None:
+            self.q = q
+        if k is not None:
+            self.k = k
+        if v is not None:
+            self.v = v
+        if depth < len(methods):
+            self._depth = depth + 1
+            out = methods[depth](self)
+            self._depth = depth
+        else:
+            out = self._base()
+        self.q, self.k, self.v = kept
+        return out
+
+    def _base(self) -> Tensor:
+        attachment = self.attachment
+        q, k, v = self.q, self.k, self.v
+        if attachment.raw and self.position_embeddings is not None:
+            keys = torch.arange(k.shape[2], device=k.device)[None] + self.key_offset
+            q, k = self.rotate(q), self.rotate(k, keys)
+        function, base = attachment.base_function, attachment.base
+        given = self._given_mask
+        if given is not None and given.dim() == 4 and base not in ("sdpa", "eager"):
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            function, base = sdpa_attention_forward, "sdpa"  # the others cannot take a mask drawn by hand
+        if self._too_large(q, k, base):
+            out, self.weights = self._in_blocks(function, base, q, k, v), None
+        else:
+            mask = self._base_mask(base, q.shape[2], k.shape[2], q)
+            out, self.weights = function(self.module, q, k, v, mask, **self.kwargs)
+        return out
+
+    def _needs_no_mask(self, base: str, queries: int, keys: int) -> bool:
+        """The layer's own causality says everything, so that the base attention can take its fastest path."""
+        if self._given_mask is not None or self.static:
+            return False
+        if not self.causal:
+            return True
+        window = self.window
+        if window is not None and keys > window:
+            return False
+        return queries == 1 or (queries == keys and base != "eager")
+
+    def _base_mask(self, base: str, queries: int, keys: int, like: Tensor) -> Any:
+        given = self._given_mask
+        if given is not None and given.dim() == 4:
+            return additive(given, like.dtype) if base == "eager" and given.dtype == torch.bool else given
+        if self._needs_no_mask(base, queries, keys):
+            return None
+        if base.startswith("flash"):
+            return None if given is None else self.mask.key_padding(keys, self.key_offset)
+        if base not in ("sdpa", "eager"):
+            return self._registered_mask(base, queries, keys, like)
+        keep = self.mask.keep(0, queries, keys, self.past_length, self.key_offset, like.device)
+        return keep if base == "sdpa" else additive(keep, like.dtype)
+
+    def _registered_mask(self, base: str, queries: int, keys: int, like: Tensor) -> Any:
+        from . import _compat
+
+        return _compat.registered_mask(
+            base, like, queries, keys, self.past_length, self.key_offset, self.window, self._given_mask, self.config
+        )
+
+    def _too_large(self, q: Tensor, k: Tensor, base: str) -> bool:
+        queries, keys = q.shape[2], k.shape[2]
+        if queries * keys <= MASK_ELEMENTS or base not in ("sdpa", "eager") or "position_bias" in self.kwargs:
+            return False
+        given = self._given_mask
+        return not (given is not None and given.dim() == 4) and not self._needs_no_mask(base, queries, keys)
+
+    def _in_blocks(self, function: Callable[..., Any], base: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Long padded or windowed inputs: the base attention on one block of queries after the other."""
+        mask, keys, blocks = self.mask, k.shape[2], []
+        for first, last in query_blocks(q.shape[2], keys):
+            low, high = 0, keys
+            if mask.causal and isinstance(self.past_length, int) and isinstance(self.key_offset, int):
+                high = min(keys, self.past_length + last - self.key_offset)
+                if mask.window is not None:
+                    low = max(0, self.past_length + first - mask.window + 1 - self.key_offset)
+            keep = mask.keep(first, last, high - low, self.past_length, self.key_offset + low, q.device)
+            keep = keep if base == "sdpa" else additive(keep, q.dtype)
+            out, _ = function(self.module, q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], keep,
+                              **self.kwargs)  # fmt: skip
+            blocks.append(out)
+        return torch.cat(blocks, dim=1)

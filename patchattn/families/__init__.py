@@ -1,0 +1,1 @@
+"""Attention modules that do not speak transformers' AttentionInterface."""

@@ -1,0 +1,119 @@
+"""Masks, owned: what transformers hands our layers is the raw 2-D padding mask, never a `T x T` one.
+
+transformers makes one mask for each layer *type*, sized after one layer's cache. Once caches differ in length
+that mask is wrong for the others. So the mask function registered here passes the padding mask through, and
+every layer makes what it needs from positions and padding. Only where the model itself draws a pattern that
+padding, causality and a window cannot say (packed sequences, bidirectional prefixes) does it stay 4-D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int | None = None,
+    *args: Any,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask side of the "patchattn" attention implementation.
+
+    Returns None (nothing is hidden beyond what the layer itself hides), `[B, S]` (padding of a causal layer),
+    `[B, 1, 1, S]` (padding of a bidirectional layer) or, for any other pattern, a full boolean `[B, 1, T, S]`.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+    given = {"mask_function": mask_function or causal_mask_function, "attention_mask": attention_mask, **kwargs}
+    if q_length is not None:
+        given["q_length"] = q_length
+    queries = q_length if q_length is not None else kwargs["cache_position"].shape[0]
+    config, local = kwargs.get("config"), kwargs.get("local_size")
+    may_skip = kwargs.get("allow_is_causal_skip", True) or queries == 1
+    kv_offset = kwargs.get("kv_offset", 0)
+
+    plain = mask_function is causal_mask_function or mask_function is None
+    if local is not None:
+        plain = local == getattr(config, "sliding_window", None) != getattr(config, "attention_chunk_size", None)
+    if plain and may_skip and not kwargs.get("use_vmap", False):
+        return _padding(attention_mask, kv_offset + kv_length)
+    if mask_function is bidirectional_mask_function and not kwargs.get("use_vmap", False):
+        padding = _padding(attention_mask, kv_offset + kv_length)
+        if padding is None:
+            if kwargs.get("allow_is_bidirectional_skip", False):
+                return None
+            padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+            return padding[:, None, None, :]
+        return padding[:, None, None, kv_offset : kv_offset + kv_length]
+    given.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return sdpa_mask(batch_size, *args, kv_length=kv_length, **given)
+
+
+def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask.to(torch.bool)
+    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        return None
+    missing = length - attention_mask.shape[-1]
+    return torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a layer's queries may read, said compactly.
+
+    Attributes:
+        padding: `[B, positions]`, True for real tokens, over every position seen so far; None: all are real.
+        causal: whether a query reads only up to its own position.
+        window: the model's own sliding window on this layer, or None.
+        dense: boolean `[B, 1, T, S]` or `[B, 1, 1, S]`, only where the model draws its own pattern; it then
+            says everything and the other fields nothing.
+    """
+
+    padding: Tensor | None = None
+    causal: bool = True
+    window: int | None = None
+    dense: Tensor | None = None
+
+    def keep(
+        self, first: int, last: int, keys: int, past: int | Tensor, key_offset: int | Tensor, device: torch.device
+    ) -> Tensor:
+        """Rows `[first, last)` of the boolean mask over `keys` keys: `[B or 1, 1, last - first, keys]`."""
+        if self.dense is not None:
+            return self.dense if self.dense.shape[2] == 1 else self.dense[:, :, first:last]
+        key = torch.arange(keys, device=device) + key_offset  # [S]
+        query = torch.arange(first, last, device=device)[:, None] + past  # [t, 1]
+        keep = key <= query if self.causal else torch.ones(last - first, keys, dtype=torch.bool, device=device)
+        if self.window is not None:
+            keep = keep & (key > query - self.window)
+        if self.padding is None:
+            return keep[None, None]
+        return keep[None, None] & self.key_padding(keys, key_offset)[:, None, None, :]
+
+    def key_padding(self, keys: int, key_offset: int | Tensor) -> Tensor:
+        """`[B, keys]`: the padding of the keys that start at `key_offset`."""
+        assert self.padding is not None
+        if isinstance(key_offset, int):
+            return self.padding[:, key_offset : key_offset + keys]
+        index = torch.arange(keys, device=self.padding.device) + key_offset
+        return self.padding.index_select(1, index.clamp(max=self.padding.shape[1] - 1))
+
+
+def boolean(mask: Tensor) -> Tensor:
+    """A 4-D mask as booleans, whether it came so or as numbers to be added to the scores."""
+    return mask if mask.dtype == torch.bool else mask >= 0
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as numbers to be added to the scores, as eager attention wants it."""
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(dtype).min)
