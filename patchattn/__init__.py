@@ -1,9 +1,9 @@
 """patchattn: swap the attention of pretrained models for published alternatives, and take it back exactly.
 
-    import patchattn
-    model = patchattn.patch(model, patchattn.DuoAttention(sink=64, recent=256))
-    ...
-    patchattn.unpatch(model)
+import patchattn
+model = patchattn.patch(model, patchattn.DuoAttention(sink=64, recent=256))
+...
+patchattn.unpatch(model)
 """
 
 from __future__ import annotations
@@ -14,27 +14,54 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "patch": "attach",
-    "unpatch": "attach",
-    "disabled": "attach",
-    "settings": "attach",
-    "patch_parameters": "attach",
-    "freeze_base": "attach",
     "cache_bytes": "cache",
+    "disabled": "attach",
+    "explain": "inspection",
+    "freeze_base": "attach",
+    "inspect": "inspection",
+    "load": "hub",
     "Method": "method",
     "MethodConfig": "method",
+    "patch": "attach",
+    "patch_parameters": "attach",
+    "push": "hub",
     "register": "method",
     "runtime": "method",
-    "methods": "method",
+    "save": "hub",
+    "settings": "attach",
+    "unpatch": "attach",
 }
-_SUBMODULES = ("duo", "hub", "testing")
+_SUBMODULES = ("duo", "testing")
 
-__all__ = [*_HOMES, "Dense", "DuoAttention", "GatedAttention", "__version__"]
+__all__ = [
+    "Dense",
+    "DuoAttention",
+    "GatedAttention",
+    "Method",
+    "MethodConfig",
+    "__version__",
+    "cache_bytes",
+    "disabled",
+    "explain",
+    "freeze_base",
+    "inspect",
+    "load",
+    "patch",
+    "patch_parameters",
+    "push",
+    "register",
+    "runtime",
+    "save",
+    "settings",
+    "unpatch",
+]
 
 if TYPE_CHECKING:
     from .attach import disabled, freeze_base, patch, patch_parameters, settings, unpatch
     from .cache import cache_bytes
-    from .method import Method, MethodConfig, methods, register, runtime
+    from .hub import load, push, save
+    from .inspection import explain, inspect
+    from .method import Method, MethodConfig, register, runtime
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention
     from .methods.gated_attention import GatedAttention

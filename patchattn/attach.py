@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _compat
-from .context import AttentionContext, Attachment, ModelInputs
+from .context import Attachment, AttentionContext, ModelInputs
 from .masks import mask_function
 from .method import Method, as_methods, checked_fields, describe
 from .sites import Site, default_sites, find_sites, forward_function, select
@@ -161,7 +161,9 @@ def _resolve(sites: Sequence[Site], plan: Sequence[tuple[Any, list[Method], bool
             raise ValueError("there is no attention module left to patch; patchattn.inspect(model) says why")
         for site in chosen:
             if site.name in taken:
-                raise ValueError(f"{site.name} is named by two selectors of the plan: {taken[site.name]!r} and {selector!r}")
+                raise ValueError(
+                    f"{site.name} is named by two selectors of the plan: {taken[site.name]!r} and {selector!r}"
+                )
             taken[site.name] = selector
         filled = [type(method)(method.config.resolve(chosen, total)) for method in methods]
         result.append((selector if isinstance(selector, str) else str(selector), chosen, filled))
@@ -519,7 +521,9 @@ def settings(model: nn.Module, **changes: Any) -> Iterator[nn.Module]:
     allowed = sorted({name for method in methods for name in method.config.runtime_fields()})
     for name in changes:
         if name not in allowed:
-            raise ValueError(f"settings: {name!r} cannot be changed at run time; allowed: {', '.join(allowed) or 'nothing'}")
+            raise ValueError(
+                f"settings: {name!r} cannot be changed at run time; allowed: {', '.join(allowed) or 'nothing'}"
+            )
     changed = []
     for method in methods:
         mine = {name: value for name, value in changes.items() if name in method.config.runtime_fields()}

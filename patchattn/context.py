@@ -163,7 +163,7 @@ class AttentionContext:
     @property
     def window(self) -> int | None:
         """The model's own sliding window on this layer."""
-        return self.kwargs["sliding_window"] if "sliding_window" in self.kwargs else self.attachment.site.window
+        return self.kwargs.get("sliding_window", self.attachment.site.window)
 
     @property
     def causal(self) -> bool:

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from patchattn_kernels import masked_attention, sink_window
+
+from .method import Method, MethodConfig
+
 if TYPE_CHECKING:
     from .context import AttentionContext
     from .sites import Site
@@ -113,3 +117,239 @@ def spread(share: float, kv_heads: Sequence[int]) -> list[list[int]]:
         given += full
         rows.append([int(head < full) for head in range(count)])
     return rows
+
+
+# ---- identification: which heads need the whole context ----------------------------------------------------
+
+
+class HeadGates(Method):
+    """A gate a KV head mixes full and streaming attention.
+
+    The batch holds two streams: its first half is the teacher, full attention everywhere; its second half
+    the student, whose heads give `(1 - a) * streaming + a * full` with `a = clamp(gate, 0, 1)`.
+    """
+
+    @dataclass(frozen=True)
+    class Config(MethodConfig):
+        """`teacher_branch`: take the student's full part from the teacher's stream, as published, or compute
+        full attention on the student's own."""
+
+        sink: int = 128
+        recent: int = 256
+        teacher_branch: bool = True
+
+    config: Config
+
+    def build(self, site: Site) -> None:
+        self.group = site.heads // site.kv_heads
+        self.gates = nn.Parameter(torch.ones(site.kv_heads, device=site.device))
+
+    def forward(self, ctx: AttentionContext) -> Tensor:
+        if ctx.q.shape[0] % 2 or ctx.mask.padding is not None or ctx.mask.dense is not None:
+            raise ValueError("HeadGates: the batch must hold teacher and student rows, without padding")
+        half, length = ctx.q.shape[0] // 2, ctx.q.shape[2]
+        options: dict[str, Any] = dict(scale=ctx.scaling, softcap=ctx.softcap, sinks=ctx.sinks)
+        with torch.no_grad():
+            full = masked_attention(ctx.q[:half], ctx.k[:half], ctx.v[:half], causal=True, **options)
+        q, k, v = ctx.q[half:], ctx.k[half:], ctx.v[half:]
+        rank = torch.arange(length, device=q.device).expand(half, -1)
+        streaming = sink_window(q, k, v, rank, sink=self.config.sink, recent=self.config.recent, **options)
+        branch = full if self.config.teacher_branch else masked_attention(q, k, v, causal=True, **options)
+        gate = self.gates.clamp(0, 1).repeat_interleave(self.group)[None, :, None, None]  # [1, H, 1, 1]
+        mixed = ((1 - gate) * streaming.float() + gate * branch.float()).to(q.dtype)
+        return torch.cat([full, mixed]).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of `identify`: gates as used and as updated, their gradients, and the losses."""
+
+    index: int
+    rate: float
+    distill: float
+    penalty: float
+    used: Tensor
+    updated: Tensor
+    gradient: Tensor
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: a tenth, up to all of it over a fifth of the steps, flat, and back."""
+    ramp = max(1, steps // 5)
+    return min(1.0, max((step + 1) / ramp, 0.1), max((steps - step) / ramp, 0.1))
+
+
+def distill_loss(hidden: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared difference of the two streams' final states `[2B, T, C]` on the labelled tokens (not -100)."""
+    teacher, student = hidden.float().chunk(2)
+    return (teacher.detach() - student).square().mean(dim=-1)[labels != -100].mean()
+
+
+def identify(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    steps: int = 2000,
+    rate: float = 0.02,
+    penalty: float = 0.05,
+    sink: int = 128,
+    recent: int = 256,
+    start: Any = 1.0,
+    teacher_branch: bool = True,
+    on_step: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Find the retrieval heads of a model: gate values `[layers, KV heads]`, near 1 where a head needs it all.
+
+    The gates are trained so that the final hidden states stay those of full attention while an L1 penalty
+    pulls every gate towards streaming. The model's own weights do not change, and it is unpatched at the end.
+
+    Args:
+        batches: pairs `(input_ids, labels)`, both `[B, T]` and without padding; labels are -100 on tokens whose
+            states are not compared. `passkey_batches` makes them. Ends early when they run out.
+        start: the gates' first value, or an array `[layers, KV heads]`.
+        on_step: called after each step, for logging.
+    """
+    from . import attach
+
+    method = HeadGates(sink=sink, recent=recent, teacher_branch=teacher_branch)
+    root = attach.root_of(model)
+    learned = {name: parameter.requires_grad for name, parameter in root.named_parameters()}
+    attach.patch(model, method)
+    try:
+        attach.freeze_base(root)
+        gates = list(attach.patch_parameters(model).values())
+        for index, gate in enumerate(gates):
+            gate.data = gate.data.float()
+            gate.data.copy_(
+                torch.as_tensor(start)[index] if not isinstance(start, (int, float)) else torch.tensor(start)
+            )
+        optimizer = torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
+        for index, (input_ids, labels) in zip(range(steps), batches, strict=False):
+            optimizer.param_groups[0]["lr"] = rate * rate_factor(index, steps)
+            with torch.no_grad():
+                for gate in gates:
+                    gate.clamp_(0, 1)
+            used = torch.stack([gate.detach().clone() for gate in gates])
+            device = gates[0].device
+            both, labels = input_ids.to(device).repeat(2, 1), labels.to(device)
+            hidden = root.base_model(input_ids=both, use_cache=False).last_hidden_state
+            distill = distill_loss(hidden, labels)
+            size = torch.cat(gates).abs().mean()
+            optimizer.zero_grad()
+            (distill + penalty * size).backward()
+            gradient = torch.stack([gate.grad.clone() for gate in gates])  # type: ignore[union-attr]
+            optimizer.step()
+            if on_step is not None:
+                updated = torch.stack([gate.detach().clone() for gate in gates])
+                lr = optimizer.param_groups[0]["lr"]
+                on_step(Step(index, lr, distill.item(), size.item(), used, updated, gradient))
+        return torch.stack([gate.detach().cpu() for gate in gates])
+    finally:
+        attach.unpatch(model)
+        for name, parameter in root.named_parameters():
+            parameter.requires_grad_(learned[name])
+            if not learned[name]:
+                parameter.grad = None
+
+
+# ---- data for identification: passkeys hidden in a long text -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class PasskeyParts:
+    """The token lists a multi-passkey sample is made of.
+
+    `announcements[k]` comes before the k-th passkey in the text, `questions[k]` asks for it at the end.
+    """
+
+    haystack: Sequence[int]
+    opening: Sequence[int]  # with the BOS token
+    closing: Sequence[int]
+    separator: Sequence[int]
+    announcements: Sequence[Sequence[int]]
+    questions: Sequence[Sequence[int]]
+
+
+def passkey_sample(
+    parts: PasskeyParts, passkeys: Sequence[Sequence[int]], depths: Sequence[float], length: int, multiple: int = 16
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one sample: `length` tokens of text with passkeys at `depths`, then the questions.
+
+    Labels are -100 over the text and the tokens' own ids over questions and answers. The sample is filled with
+    the text's last tokens to a multiple of `multiple`, by a whole `multiple` if it already is one.
+    """
+    haystack = list(parts.haystack)[:length]
+    context: list[int] = []
+    done = 0
+    for announcement, passkey, depth in zip(parts.announcements, passkeys, depths, strict=False):
+        place = int(len(haystack) * depth)
+        context += haystack[done:place]
+        context += [*parts.separator, *announcement, *passkey, *parts.separator]
+        done = place
+    context += haystack[done:]
+    tail = [
+        token
+        for question, passkey in zip(parts.questions, passkeys, strict=False)
+        for token in [*question, *passkey, *parts.separator]
+    ]
+    missing = multiple - (len(parts.opening) + len(context) + len(parts.closing) + len(tail)) % multiple
+    text = [*parts.opening, *context, *haystack[-missing:], *parts.closing]
+    return text + tail, [-100] * len(text) + tail
+
+
+# The words passkeys are made of, one for each letter.
+ALPHABET = """
+alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo
+sierra tango uniform victor whiskey x-ray yankee zulu
+""".split()  # noqa: SIM905
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+
+
+def passkey_batches(
+    tokenizer: Any,
+    text: str,
+    *,
+    shortest: int = 1000,
+    longest: int = 32000,
+    lengths: int = 50,
+    passkeys: int = 10,
+    words: int = 32,
+    seed: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless multi-passkey batches of one sample each, for `identify`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: any long text to hide the passkeys in; repeated where it is too short.
+        shortest, longest, lengths: the text is cut to lengths from `shortest` to `longest` tokens, `lengths` of
+            them in turn.
+        passkeys, words: how many passkeys a sample has (10 at most), and of how many words each.
+    """
+    if not 1 <= passkeys <= len(ORDINALS):
+        raise ValueError(f"passkey_batches: passkeys is {passkeys}; it must be 1 to {len(ORDINALS)}")
+
+    def encode(piece: str) -> list[int]:
+        return list(tokenizer.encode(piece, add_special_tokens=False))
+
+    haystack = encode(text)
+    if not haystack:
+        raise ValueError("passkey_batches: the text has no tokens")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    parts = PasskeyParts(
+        haystack=(haystack * math.ceil(longest / len(haystack)))[:longest],
+        opening=bos + encode("Below is a long text. Remember the passkeys that are hidden in it.\n\n"),
+        closing=encode("\n\nNow repeat the passkeys.\n\n"),
+        separator=encode("\n\n"),
+        announcements=[encode(f"Remember: the {ordinal} passkey is ") for ordinal in ORDINALS[:passkeys]],
+        questions=[encode(f"What is the {ordinal} passkey? It is ") for ordinal in ORDINALS[:passkeys]],
+    )
+    random = torch.Generator().manual_seed(seed)
+    grid = torch.linspace(0.05, 0.95, 1000)
+    steps = [int(value) for value in torch.linspace(shortest, longest, lengths)]
+    while True:
+        for length in steps:
+            depths = grid[torch.randperm(len(grid), generator=random)[:passkeys]].sort().values.tolist()
+            drawn = torch.randint(len(ALPHABET), (passkeys, words), generator=random).tolist()
+            keys = [encode(" ".join(ALPHABET[index] for index in row)) for row in drawn]
+            ids, labels = passkey_sample(parts, keys, depths, length)
+            yield torch.tensor([ids]), torch.tensor([labels])

@@ -87,8 +87,10 @@ class DuoAttention(Method):
                 if len(rows) == total_layers and all(site.layer_idx is not None for site in sites):
                     rows = [rows[site.layer_idx] for site in sites]  # type: ignore[index]
                 if len(rows) != len(sites):
-                    raise ValueError(f"DuoAttention: heads has {len(rows)} rows; it must have {total_layers}, one for "
-                                     f"each layer of the model, or {len(sites)}, one for each layer patched")  # fmt: skip
+                    raise ValueError(
+                        f"DuoAttention: heads has {len(rows)} rows; it must have {total_layers}, one for each layer "
+                        f"of the model, or {len(sites)}, one for each layer patched"
+                    )
                 for site, row in zip(sites, rows, strict=True):
                     if len(row) != site.kv_heads:
                         raise ValueError(f"DuoAttention: heads has {len(row)} values for {site.name}, which has "
@@ -167,7 +169,9 @@ class DuoAttention(Method):
             cache.write(k, v, new)
             keys, values, key_rank = cache.past()
             return masked_attention(q, keys, values, visible(rank, key_rank, **sizes), **options)
-        out = sink_window(q, k, v, rank, past=None if cache is None else cache.past(), chunked=chunked, **sizes, **options)
+        out = sink_window(
+            q, k, v, rank, past=None if cache is None else cache.past(), chunked=chunked, **sizes, **options
+        )
         if cache is not None:
             cache.write(k, v, new)
         return out if order is None else _take(out, order.argsort(dim=1))

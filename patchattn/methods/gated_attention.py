@@ -128,10 +128,15 @@ class GatedAttention(Method):
         gate = self.__dict__.get("_last_gate")
         if gate is None:
             return {}
-        return {"mean gate": round(gate.mean().item(), 4), "share below 0.1": round((gate < 0.1).float().mean().item(), 4)}
+        return {
+            "mean gate": round(gate.mean().item(), 4),
+            "share below 0.1": round((gate < 0.1).float().mean().item(), 4),
+        }
 
 
-def split_official(q_proj: Tensor, heads: int, kv_heads: int, head_dim: int, layout: str = "grouped") -> tuple[Tensor, Tensor]:
+def split_official(
+    q_proj: Tensor, heads: int, kv_heads: int, head_dim: int, layout: str = "grouped"
+) -> tuple[Tensor, Tensor]:
     """Query rows and gate rows, in head order, of a q_proj that stores both.
 
     Args:
