@@ -42,6 +42,7 @@ class Attachment:
         self.captured: dict[str, Tensor] = {}
         self.model_inputs: ModelInputs | None = None
         self.calls = 0
+        self.base_ran: str | None = None  # what `attend` last ran below the methods; not counted when compiled
         self.last_cache: Any = None
 
 
@@ -237,6 +238,8 @@ class AttentionContext:
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
             function, base = sdpa_attention_forward, "sdpa"  # the others cannot take a mask drawn by hand
+        if not torch.compiler.is_compiling():
+            attachment.base_ran = base
         if self._too_large(q, k, base):
             out, self.weights = self._in_blocks(function, base, q, k, v), None
         else:

@@ -96,6 +96,7 @@ class Method(nn.Module):
     trained: ClassVar[bool] = False  # whether it needs training to be of use
     rotary: ClassVar[str] = "applied"  # "raw": q and k arrive before rotary, the method rotates them itself
     needs: ClassVar[frozenset[str]] = frozenset()  # of "residual", "model_inputs", and projection names
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings that `inspect` shows beside each other
     exact: ClassVar[bool] = False  # computes what the unpatched model computes, for every setting
 
     def __init__(self, config: MethodConfig | None = None, **fields: Any) -> None:

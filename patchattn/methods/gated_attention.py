@@ -48,6 +48,7 @@ class GatedAttention(Method):
     summary = "sigmoid output gates: fewer attention sinks, more non-linearity"
     paper = "Gated Attention for Large Language Models, arXiv 2505.06708"
     trained = True
+    variants = ({"kind": "headwise"}, {"kind": "elementwise"})
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
