@@ -276,7 +276,7 @@ def passkey_sample(
     """Token ids and labels of one sample: `length` tokens of text with passkeys at `depths`, then the questions.
 
     Labels are -100 over the text and the tokens' own ids over questions and answers. The sample is filled with
-    the text's last tokens to a multiple of `multiple`, by a whole `multiple` if it already is one.
+    the last tokens of the haystack to a multiple of `multiple`, by a whole `multiple` if it already is one.
     """
     haystack = list(parts.haystack)[:length]
     context: list[int] = []
@@ -293,7 +293,7 @@ def passkey_sample(
         for token in [*question, *passkey, *parts.separator]
     ]
     missing = multiple - (len(parts.opening) + len(context) + len(parts.closing) + len(tail)) % multiple
-    text = [*parts.opening, *context, *haystack[-missing:], *parts.closing]
+    text = [*parts.opening, *context, *parts.haystack[-missing:], *parts.closing]
     return text + tail, [-100] * len(text) + tail
 
 
