@@ -401,8 +401,10 @@ def _note_cache(ctx: AttentionContext, attachment: Attachment, cache: Any) -> No
 
 def _own_layer(attachment: Attachment, layer: Any) -> Any:
     static = getattr(layer, "max_cache_len", None)
-    made = [own for method in attachment.methods if (own := method.cache_layer(static)) is not None]
-    if not made:
+    made = None
+    for method in attachment.methods:
+        made = method.cache_layer(static) if made is None else made
+    if made is None:
         return None
     kind = type(layer).__name__
     if kind not in ("DynamicLayer", "StaticLayer"):
@@ -415,7 +417,7 @@ def _own_layer(attachment: Attachment, layer: Any) -> Any:
             f"{attachment.site.name}: this cache already holds {int(layer.get_seq_length())} tokens of the unpatched "
             "model; start with a new cache"
         )
-    return made[0]
+    return made
 
 
 def _neutral_rotary(ctx: AttentionContext, args: Any, kwargs: dict[str, Any]) -> Any:

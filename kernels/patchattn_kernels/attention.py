@@ -14,7 +14,10 @@ MASK_ELEMENTS = 1 << 24
 
 def query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int]]:
     """Cut `queries` rows so that no block times `keys` exceeds `MASK_ELEMENTS`."""
-    size = max(1, MASK_ELEMENTS // max(keys, 1))
+    if queries * keys <= MASK_ELEMENTS:  # tested first, so that a compiled step is not bound to one length
+        yield 0, queries
+        return
+    size = max(1, MASK_ELEMENTS // keys)
     for first in range(0, queries, size):
         yield first, min(first + size, queries)
 
