@@ -16,7 +16,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "cache_bytes": "cache",
     "disabled": "attach",
-    "explain": "inspection",
+    "explain": "explanation",
     "freeze_base": "attach",
     "inspect": "inspection",
     "load": "hub",
@@ -59,8 +59,9 @@ __all__ = [
 if TYPE_CHECKING:
     from .attach import disabled, freeze_base, patch, patch_parameters, settings, unpatch
     from .cache import cache_bytes
+    from .explanation import explain
     from .hub import load, push, save
-    from .inspection import explain, inspect
+    from .inspection import inspect
     from .method import Method, MethodConfig, register, runtime
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention
