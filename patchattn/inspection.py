@@ -147,9 +147,7 @@ def described(method: Method) -> dict[str, Any]:
 
 
 def _module(site: Site, default: bool) -> Module:
-    shared = {
-        entry.name: getattr(site, entry.name) for entry in dataclasses.fields(Module) if hasattr(site, entry.name)
-    }
+    names = {entry.name for entry in dataclasses.fields(Module)} & set(vars(site))
     attachment = site.module.__dict__.get("_patchattn")
     return Module(
         **{name: getattr(site, name) for name in names},
