@@ -172,8 +172,12 @@ def _resolve(sites: Sequence[Site], plan: Sequence[tuple[Any, list[Method], bool
 
 def unfit(site: Site, methods: Sequence[Method]) -> str | None:
     """Why these methods cannot sit on this module, or None."""
+    from .families import diffusers
+
     if site.problem is not None:
         return site.problem
+    if site.family == "diffusers" and (reason := diffusers.unfit(site, methods)) is not None:
+        return reason
     for method in methods:
         if method.rotary == "raw" and (reason := _raw_problem(site)) is not None:
             return f"{method.name} needs q and k before rotary, but {reason}"
@@ -212,6 +216,7 @@ def _apply(root: nn.Module, record: Patch, sites: Sequence[Site], ready: Sequenc
         elif site.name in methods_of:
             record.sites.append(site)
             diffusers.attach(site, methods_of[site.name])
+            _capture(root, site)
     _switch_implementation(root, record)
     if any("model_inputs" in method.needs for _, methods in ready for method in methods):
         root.register_forward_pre_hook(_before_model, with_kwargs=True)
@@ -235,6 +240,13 @@ def _attach(root: nn.Module, site: Site, methods: list[Method]) -> None:
     attachment.rotary_embedding = _rotary_embedding(root, site.name)
     names = forward_function(module).__code__.co_names
     attachment.splits_rotary = any("rotary_ndims" in name or "rotary_dim" in name for name in names)
+    _capture(root, site)
+
+
+def _capture(root: nn.Module, site: Site) -> None:
+    """Hooks that note what the methods on this module need beside q, k and v."""
+    module, attachment = site.module, attachment_of(site.module)
+    methods = attachment.methods
     for need in sorted({need for method in methods for need in method.needs} - {"model_inputs"}):
         if need == "residual":
             parent = root.get_submodule(site.name.rpartition(".")[0])
@@ -286,9 +298,8 @@ def _remove(root: nn.Module, record: Patch) -> None:
         config._attn_implementation_internal = implementation
     for site in record.sites:
         module = site.module
-        if site.family != "interface":
+        if site.family == "diffusers":
             diffusers.detach(site)
-            continue
         _drop_hooks(module)
         for child in module.children():
             _drop_hooks(child)
@@ -465,16 +476,14 @@ def _before_model(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         values.update(zip(list(inspect.signature(forward_function(model)).parameters)[1:], args, strict=False))
     inputs = ModelInputs(getattr(model, "config", None), values)
     for site in model.__dict__["_patchattn_patch"].sites:
-        if site.family == "interface":
-            attachment_of(site.module).model_inputs = inputs
+        attachment_of(site.module).model_inputs = inputs
 
 
 def _after_model(model: nn.Module, args: Any, output: Any) -> None:
     for site in model.__dict__["_patchattn_patch"].sites:
-        if site.family == "interface":
-            attachment = attachment_of(site.module)
-            attachment.model_inputs = None
-            attachment.captured.clear()
+        attachment = attachment_of(site.module)
+        attachment.model_inputs = None
+        attachment.captured.clear()
 
 
 for _hook in (_before_attention, _before_model, _after_model):
@@ -491,8 +500,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     So a distillation has its teacher without a second copy of the weights. Caches are not shared between the
     two: start with a new one on each side.
     """
-    from .families import diffusers
-
     record = _required(model)
     current = [(config, config._attn_implementation) for config, _ in record.implementations]
     before = {site.name: attachment_of(site.module).enabled for site in record.sites}
@@ -500,7 +507,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         config._attn_implementation_internal = implementation
     for site in record.sites:
         attachment_of(site.module).enabled = False
-        diffusers.enable(site, False)
     try:
         yield model
     finally:
@@ -508,7 +514,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             config._attn_implementation_internal = implementation
         for site in record.sites:
             attachment_of(site.module).enabled = before[site.name]
-            diffusers.enable(site, before[site.name])
 
 
 @contextlib.contextmanager

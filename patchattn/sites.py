@@ -66,12 +66,13 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Every attention module of `model` that speaks a known family, in the order of the model."""
     from .families import diffusers
 
-    sites = []
+    sites, reached = [], 0
     for name, module in model.named_modules():
         if speaks_interface(module) and getattr(module, "config", None) is not None:
             sites.append(_interface_site(name, module))
-        elif (site := diffusers.site(name, module)) is not None:
+        elif (site := diffusers.site(name, module, getattr(model, "config", None), reached)) is not None:
             sites.append(site)
+            reached += site.problem is None
     return sites
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..context import AttentionContext, Attachment
+from ..context import Attachment, AttentionContext
 from ..method import Method
-from ..sites import Site, first_int
+from ..sites import Site, _first_int
 
 SDPA, DISPATCH = "F.scaled_dot_product_attention", "dispatch_attention_fn"
 OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")  # of both, after query, key, value
@@ -58,13 +58,15 @@ class _Reading:
     grouped: bool = False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _read(function: Callable[..., Any]) -> _Reading:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return _Reading("its source code cannot be read")
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in (SDPA, DISPATCH)]
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in (SDPA, DISPATCH)
+    ]
     loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While, ast.comprehension))]
     if len(calls) != 1 or any(calls[0] in ast.walk(loop) for loop in loops):
         count = "in a loop" if len(calls) == 1 else f"{len(calls)} times"
@@ -91,7 +93,10 @@ def _text_first(tree: ast.AST, query: str, before: int) -> bool | None:
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.lineno < before):
             continue
-        joined = ast.unparse(node.value.func) == "torch.cat" and ast.unparse(node.targets[0]) in (query, "hidden_states")
+        joined = ast.unparse(node.value.func) == "torch.cat" and ast.unparse(node.targets[0]) in (
+            query,
+            "hidden_states",
+        )
         parts = getattr(node.value.args[0], "elts", []) if joined and node.value.args else []
         text = [any(mark in ast.unparse(part) for mark in TEXT) for part in parts]
         if len(text) == 2 and sum(text) == 1:
@@ -108,7 +113,9 @@ def _problem(processor: Any) -> str | None:
     kind = type(processor).__name__
     if isinstance(processor, nn.Module):
         return f"its processor {kind} has weights of its own"
-    if not isinstance(_call_of(processor), FunctionType) or inspect.unwrap(_call_of(processor)) is not _call_of(processor):
+    if not isinstance(_call_of(processor), FunctionType) or inspect.unwrap(_call_of(processor)) is not _call_of(
+        processor
+    ):
         return f"its processor {kind} is no plain class with a __call__"
     problem = _read(_call_of(processor)).problem
     return f"its processor {kind} cannot be wrapped: {problem}" if problem else None
@@ -127,14 +134,16 @@ def site(name: str, module: nn.Module, config: Any, layer_idx: int) -> Site | No
     problem = _problem(processor)
     reading = _read(_call_of(processor)) if problem is None else _Reading(problem)
     problem = problem or _cross_attention(module, processor)
-    heads = first_int(module, "heads", "num_heads", "num_attention_heads") or 0
-    head_dim = first_int(module, "head_dim", "dim_head", "attention_head_dim")
-    head_dim = head_dim or (_width(module, "out_features", "to_q") or first_int(module, "inner_dim") or 0) // max(heads, 1)
-    hidden = _width(module, "in_features", "to_q", "to_qkv") or first_int(module, "query_dim") or 0
+    heads = _first_int(module, "heads", "num_heads", "num_attention_heads") or 0
+    head_dim = _first_int(module, "head_dim", "dim_head", "attention_head_dim")
+    head_dim = head_dim or (_width(module, "out_features", "to_q") or _first_int(module, "inner_dim") or 0) // max(
+        heads, 1
+    )
+    hidden = _width(module, "in_features", "to_q", "to_qkv") or _first_int(module, "query_dim") or 0
     text = _width(module, "in_features", "add_q_proj", "to_added_qkv")
     if text is not None and (text != hidden or reading.text_first is None):
         hidden = 0  # no single input lines up with the tokens of q
-    kv_heads = first_int(module, "kv_heads", "num_kv_heads") if reading.grouped else None
+    kv_heads = _first_int(module, "kv_heads", "num_kv_heads") if reading.grouped else None
     return Site(
         name=name,
         module=module,
@@ -145,7 +154,8 @@ def site(name: str, module: nn.Module, config: Any, layer_idx: int) -> Site | No
         kv_heads=kv_heads or heads,
         head_dim=head_dim,
         hidden_size=hidden,
-        causal=reading.causal == "True" or ("is_causal" in reading.causal and bool(getattr(module, "is_causal", False))),
+        causal=reading.causal == "True"
+        or ("is_causal" in reading.causal and bool(getattr(module, "is_causal", False))),
         window=None,
         problem=problem,
     )
@@ -160,7 +170,7 @@ def _cross_attention(module: nn.Module, processor: Any) -> str | None:
 
 
 def _width(module: nn.Module, side: str, *children: str) -> int | None:
-    found = (first_int(getattr(module, child, None), side) for child in children)
+    found = (_first_int(getattr(module, child, None), side) for child in children)
     return next((width for width in found if width is not None), None)
 
 
@@ -171,7 +181,9 @@ def unfit(site: Site, methods: Sequence[Method]) -> str | None:
         if method.rotary == "raw":
             return f"{method.name} needs q and k before rotary, but diffusers' {processor} applies it inside, if any"
         if "residual" in method.needs and _width(site.module, "in_features", "add_q_proj", "to_added_qkv") is not None:
-            return f"{method.name} needs the residual stream, but in joint attention there are two: of text and of image"
+            return (
+                f"{method.name} needs the residual stream, but in joint attention there are two: of text and of image"
+            )
     return None
 
 
@@ -297,14 +309,15 @@ def _call(self: PatchedProcessor, attn: nn.Module, *args: Any, **kwargs: Any) ->
     names = self.reading.arguments
     values = {**dict(zip(names, args, strict=False)), **kwargs}
     ctx = ProcessorContext(attn, attachment)
-    ctx._hidden_states = values[names[0]]
-    ctx.text_states = values.get("encoder_hidden_states")
+    states, text = values[names[0]], values.get("encoder_hidden_states")
+    ctx._hidden_states = states
+    ctx.text_states = None if text is states else text  # some models say self-attention that way
     ctx.text_first = self.reading.text_first
     attachment.context = ctx
     return self.run(self.original, attn, *args, **kwargs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _wrapper_class(original: type) -> type[PatchedProcessor]:
     """A class for each processor class: diffusers reads from the signature which arguments a processor takes."""
     call = FunctionType(_call.__code__, _call.__globals__, "__call__")
