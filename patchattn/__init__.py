@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._lazy import after_import
+
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
@@ -85,3 +87,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Whole patched models open through `from_pretrained` once patchattn is imported; see checkpoint.py.
+after_import("transformers.quantizers.auto", lambda: import_module("patchattn._transformers_plugin"))

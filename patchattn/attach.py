@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -69,7 +69,7 @@ def attachment_of(module: nn.Module) -> Attachment:
     return module.__dict__["_patchattn"]
 
 
-def _required(model: nn.Module) -> Patch:
+def record_of(model: nn.Module) -> Patch:
     patch = patch_of(model)
     if patch is None:
         raise ValueError(f"this {type(root_of(model)).__name__} is not patched; call patchattn.patch first")
@@ -91,6 +91,10 @@ def patch(model: Model, what: Any, layers: Any = None) -> Model:
 
     Either everything is patched or, with an error, nothing is touched.
     """
+    return _patch(model, what, layers, None)
+
+
+def _patch(model: Model, what: Any, layers: Any, check: Callable[[dict[str, Tensor]], None] | None) -> Model:
     root = root_of(model)
     if patch_of(model) is not None:
         raise ValueError(
@@ -112,6 +116,8 @@ def patch(model: Model, what: Any, layers: Any = None) -> Model:
             for copy in copies:
                 copy.build(replace(site, order=order))
             ready.append((site, copies))
+    if check is not None:
+        check({name: tensor for site, copies in ready for name, tensor in _own_state(site, copies).items()})
     record = Patch()
     record.plan = [(selector, [site.name for site in chosen], methods) for selector, chosen, methods in plan]
     config = getattr(root, "config", None)
@@ -127,7 +133,7 @@ def patch(model: Model, what: Any, layers: Any = None) -> Model:
 
 def unpatch(model: Model) -> Model:
     """Take the patch off, in place, and return the model: bit for bit what it was before."""
-    record = _required(model)
+    record = record_of(model)
     _remove(root_of(model), record)
     return model
 
@@ -204,9 +210,11 @@ def _rotary_function(module: nn.Module) -> Any:
 
 
 def _apply(root: nn.Module, record: Patch, sites: Sequence[Site], ready: Sequence[tuple[Site, list[Method]]]) -> None:
+    from .checkpoint import prepare_saving
     from .families import diffusers
 
     root.__dict__["_patchattn_patch"] = record
+    prepare_saving(root)
     methods_of = {site.name: methods for site, methods in ready}
     configs = {id(site.config) for site, _ in ready if site.family == "interface"}
     for site in sites:
@@ -292,6 +300,7 @@ def _switch_implementation(root: nn.Module, record: Patch) -> None:
 
 
 def _remove(root: nn.Module, record: Patch) -> None:
+    from .checkpoint import undo_saving
     from .families import diffusers
 
     for config, implementation in record.implementations:
@@ -309,6 +318,7 @@ def _remove(root: nn.Module, record: Patch) -> None:
         module._modules.pop("patchattn", None)
     _drop_hooks(root)
     root.__dict__.pop("_patchattn_patch", None)
+    undo_saving(root)
 
 
 def _drop_hooks(module: nn.Module) -> None:
@@ -500,7 +510,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     So a distillation has its teacher without a second copy of the weights. Caches are not shared between the
     two: start with a new one on each side.
     """
-    record = _required(model)
+    record = record_of(model)
     current = [(config, config._attn_implementation) for config, _ in record.implementations]
     before = {site.name: attachment_of(site.module).enabled for site in record.sites}
     for config, implementation in record.implementations:
@@ -523,7 +533,7 @@ def settings(model: nn.Module, **changes: Any) -> Iterator[nn.Module]:
     Only the fields that a method declares as run-time settings may change; every method that has a field of
     that name takes the new value.
     """
-    record = _required(model)
+    record = record_of(model)
     methods = [method for site in record.patched for method in attachment_of(site.module).methods]
     allowed = sorted({name for method in methods for name in method.config.runtime_fields()})
     for name in changes:
@@ -547,10 +557,20 @@ def settings(model: nn.Module, **changes: Any) -> Iterator[nn.Module]:
 
 def patch_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The patch's own parameters, by their name in the model."""
-    record = _required(model)
+    record = record_of(model)
     root = root_of(model)
     prefixes = tuple(f"{site.name}.patchattn." for site in record.patched)
     return {name: parameter for name, parameter in root.named_parameters() if name.startswith(prefixes)}
+
+
+def patch_state(model: nn.Module) -> dict[str, Tensor]:
+    """The patch's own parameters and persistent buffers, by their name in the model."""
+    sites = record_of(model).patched
+    return {name: tensor for site in sites for name, tensor in _own_state(site, attachment_of(site.module).methods).items()}
+
+
+def _own_state(site: Site, methods: Sequence[Method]) -> dict[str, Tensor]:
+    return nn.ModuleList(methods).state_dict(prefix=f"{site.name}.patchattn.", keep_vars=True)
 
 
 def freeze_base(model: Model) -> Model:
@@ -565,19 +585,26 @@ def plan_of(model: nn.Module) -> list[dict[str, Any]]:
     """The patch as JSON-ready data: a list of `{"layers": names, "methods": [...]}`."""
     return [
         {"layers": names, "methods": [describe(method) for method in methods]}
-        for _, names, methods in _required(model).plan
+        for _, names, methods in record_of(model).plan
     ]
 
 
-def apply_plan(model: Model, plan: Sequence[dict[str, Any]]) -> Model:
-    """Patch a model as `plan_of` described another of the same shape."""
+def apply_plan(
+    model: Model, plan: Sequence[dict[str, Any]], check: Callable[[dict[str, Tensor]], None] | None = None
+) -> Model:
+    """Patch a model as `plan_of` described another of the same shape.
+
+    Args:
+        check: called with the patch's own tensors by their names in the model, before the model is touched; what
+            it writes into them stays, and if it raises the model is as it was.
+    """
     names = {site.name for site in find_sites(root_of(model))}
     for entry in plan:
         missing = [name for name in entry["layers"] if name not in names]
         if missing:
             raise ValueError(f"this patch was made for a model with the attention module {missing[0]!r}, which "
                              f"{type(root_of(model)).__name__} does not have")  # fmt: skip
-    return patch(model, {_Names(entry["layers"]): entry["methods"] for entry in plan})
+    return _patch(model, {_Names(entry["layers"]): entry["methods"] for entry in plan}, None, check)
 
 
 class _Names(tuple):  # type: ignore[type-arg]
