@@ -1,0 +1,5 @@
+"""`python -m patchattn` is `patchattn`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,449 @@
+"""The command line: parses, calls the library, prints. torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FAILED = 1
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+app = typer.Typer(
+    name="patchattn",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line, with `--debug` allowed anywhere on it."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    try:
+        app(arguments, prog_name="patchattn")
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _examples(*lines: str) -> str:
+    """The end of a command's help: lines that can be copied."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(line.replace("[", r"\[") for line in lines)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_examples(
+        "patchattn demo",
+        "patchattn methods",
+        "patchattn inspect Qwen/Qwen3-0.6B",
+        "patchattn patch Qwen/Qwen3-0.6B --method duo_attention:sink=64,recent=256 -o my-patch",
+    )
+)
+def start(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Swap the attention of pretrained models for published alternatives.
+
+    MODEL is a folder or a repository of the Hugging Face hub.
+
+    Exit codes: 0 all is well, 1 it failed, 2 the command was used wrongly.
+    """
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub repository of the model.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Layers = Annotated[
+    str | None,
+    typer.Option("--layers", "-l", help="Which layers: 0-11, 0,3,8-, even, odd, or a glob over module names."),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method", "-m", help="name or name:key=value,key=value. Given more than once, the first is the outermost.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Plan = Annotated[
+    str | None,
+    typer.Option(
+        "--plan", help='Methods by layers, as JSON or a JSON file: {"even": "duo_attention", "odd": "dense"}.'
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto, which spreads a large model.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's repository.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+@app.command(
+    "methods", epilog=_examples("patchattn methods", "patchattn methods duo_attention", "patchattn methods --json")
+)
+def list_methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A method, to see its settings.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+) -> None:
+    """The methods there are: what each is for, whether it needs training, what it fits, its paper."""
+    from . import catalog
+    from .method import method_class
+
+    if name is not None:
+        with _wrong_usage("NAME"):
+            method_class(name)
+        entry = next(entry for entry in catalog.catalog() if entry["name"] == method_class(name).name)
+        _print(entry, as_json, catalog.explain_settings(name))
+    elif markdown:
+        typer.echo(catalog.markdown())
+    else:
+        from .tables import add_row, table
+
+        rows = table("method", "what it is for", "trained", "fits", "paper")
+        for entry in catalog.catalog():
+            add_row(rows, entry["name"], entry["for"], entry["trained"], ", ".join(entry["fits"]), entry["paper"])
+        _print(catalog.catalog(), as_json, rows)
+
+
+@app.command(
+    epilog=_examples(
+        "patchattn inspect Qwen/Qwen3-0.6B", "patchattn inspect my-model -m gated_attention:kind=elementwise"
+    )
+)
+def inspect(
+    model: Model,
+    method: Methods = None,
+    as_json: Json = False,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """What could be patched in MODEL, by which methods, and why not what could not. Downloads no weights."""
+    what = _what(method, None, None)
+    from . import inspect as inspect_model
+
+    report = inspect_model(_load_shell(model, revision, trust_remote_code), what)
+    _print(report.to_dict(), as_json, report)
+
+
+@app.command(
+    epilog=_examples(
+        "patchattn explain HuggingFaceTB/SmolLM2-135M-Instruct -m duo_attention:sink=4,recent=16",
+        'patchattn explain my-model -m gated_attention -m duo_attention --layers 4- --prompt "Once upon a time"',
+        "patchattn explain my-model --patch my-patch --json",
+    )
+)
+def explain(
+    model: Model,
+    method: Methods = None,
+    plan: Plan = None,
+    layers: Layers = None,
+    saved: Annotated[
+        str | None, typer.Option("--patch", help="Folder or repository of a saved patch, instead of methods.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to generate from; default: 64 tokens at random.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to generate.")] = 32,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Patch MODEL in memory, run it once, and say what really happened: calls, kernels, cache bytes."""
+    what = _what(method, plan, layers)
+    if saved is not None and what is not None:
+        raise typer.BadParameter("give either methods or a saved patch", param_hint="--patch")
+    if layers is not None and what is None:
+        raise typer.BadParameter("name a method for these layers", param_hint="--layers")
+    from . import explain as explain_model
+    from . import load as load_patch
+    from . import patch as patch_model
+    from .attach import patch_of
+    from .trial import run
+
+    loaded = _load(model, dtype, device, revision, trust_remote_code)
+    if what is not None:
+        patch_model(loaded, what, layers)
+    elif saved is not None:
+        load_patch(loaded, saved)
+    elif patch_of(loaded) is None:
+        raise typer.BadParameter("name a method, a saved patch, or a model that is patched", param_hint="--method")
+    from .loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model, trust_remote_code, revision)
+    outcome = run(loaded, tokenizer, prompt, tokens)
+    report = explain_model(loaded)
+    if as_json:
+        _print({**report.to_dict(), "input": outcome.given, "output": outcome.answer}, True, None)
+    else:
+        _print(None, False, f"input: {outcome.given}\noutput: {outcome.answer}\n")
+        _print(None, False, report)
+
+
+@app.command(
+    epilog=_examples(
+        "patchattn patch Qwen/Qwen3-0.6B -m duo_attention:heads=pattern.tsv,share=0.5 -o my-patch",
+        "patchattn patch my-model -m gated_attention -m duo_attention --layers 4- -o my-patch --dry-run",
+        'patchattn patch my-model --plan \'{"even": "duo_attention", "odd": "gated_attention"}\' -o whole --full',
+    )
+)
+def patch(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)],
+    method: Methods = None,
+    plan: Plan = None,
+    layers: Layers = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Write a whole checkpoint, not the patch alone (a few MB or less).")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Patch MODEL and write the patch, or with --full the whole patched model, to a folder."""
+    what = _what(method, plan, layers)
+    if what is None:
+        raise typer.BadParameter("name at least one method, or a plan", param_hint="--method")
+    _check_output(output, force)
+    from . import patch as patch_model
+    from .attach import patch_parameters, plan_of
+
+    if dry_run:
+        loaded = _load_shell(model, revision, trust_remote_code)
+    else:
+        loaded = _load(model, dtype, device, revision, trust_remote_code)
+    patch_model(loaded, what, layers)
+    parameters = sum(parameter.numel() for parameter in patch_parameters(loaded).values())
+    if not dry_run:
+        _write(loaded, model, output, full, trust_remote_code, revision)
+    files = [] if dry_run else _files(output)
+    result = {
+        "folder": str(output),
+        "written": not dry_run,
+        "whole_model": full,
+        "parameters": parameters,
+        "plan": plan_of(loaded),
+        "files": files,
+    }
+    _print(result, as_json, _patch_text(result))
+
+
+@app.command(
+    epilog=_examples("patchattn push my-patch me/my-patch --dry-run", "patchattn push my-patch me/my-patch --private")
+)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `patch` wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="name/repository on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="What the commit says.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a patch, or a whole patched model, to the Hugging Face hub."""
+    from . import hub
+
+    hub.read_description(folder)  # says why, if this is no such folder
+    files = _files(folder)
+    result: dict[str, Any] = {"repository": repository, "pushed": not dry_run, "files": files, "url": None}
+    if not dry_run:
+        result["url"] = hub.push_folder(folder, repository, private or None, message)
+    verb = "would push" if dry_run else "pushed"
+    lines = [f"{verb} {len(files)} files to {result['url'] or repository}", *(_file_line(file) for file in files)]
+    _print(result, as_json, "\n".join(lines))
+
+
+@app.command(epilog=_examples("patchattn env", "patchattn env --json"))
+def env(as_json: Json = False) -> None:
+    """What is installed and on which machine: paste it into a bug report."""
+    from .environment import environment
+
+    found = environment()
+    if as_json:
+        _print(found, True, None)
+        return
+    from .tables import add_row, table
+
+    rows = table("patchattn env", "")
+    for name, value in found.items():
+        shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
+        add_row(rows, name, shown if not isinstance(value, list) else ", ".join(map(str, value)) or None)
+    _print(None, False, rows)
+
+
+@app.command(
+    epilog=_examples("patchattn demo", "patchattn demo --model HuggingFaceTB/SmolLM2-135M-Instruct --tokens 512")
+)
+def demo(
+    model: Annotated[str | None, typer.Option(help="A real decoder model instead of the tiny one.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=64, help="Tokens in the cache that is measured.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Patch a tiny model with every method, compare, generate, save, reload, unpatch, and show what happened."""
+    from .demo import run
+
+    report = run(None if model is None else _load(model, "float32", "cpu", None, False), tokens)
+    _print(report.to_dict(), as_json, report)
+    if not report.passed:
+        raise typer.Exit(FAILED)
+
+
+# ---- what the commands share -------------------------------------------------------------------------------
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def _wrong_usage(hint: str) -> Iterator[None]:
+    """What the library finds wrong in here was wrong on the command line: exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(_one_line(error), param_hint=hint) from error
+
+
+def _what(method: list[str] | None, plan: str | None, layers: str | None) -> Any:
+    """The methods of the command line as `patch` takes them, checked; None if none were named."""
+    from .method import as_methods
+
+    if method and plan:
+        raise typer.BadParameter("give either --method or --plan", param_hint="--plan")
+    if plan is None:
+        with _wrong_usage("--method"):
+            return as_methods(method) if method else None
+    if layers is not None:
+        raise typer.BadParameter("a plan names its layers by itself", param_hint="--layers")
+    with _wrong_usage("--plan"):
+        text = plan if plan.lstrip().startswith("{") else Path(plan).read_text(encoding="utf-8")
+        values = json.loads(text)
+        if not isinstance(values, dict) or not values:
+            raise ValueError('a plan is an object such as {"even": "duo_attention", "odd": "gated_attention"}')
+        return {selector: as_methods(item) for selector, item in values.items()}
+
+
+def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> nn.Module:
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    with _opening(name):
+        from .loading import load_model
+
+        return load_model(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _load_shell(name: str, revision: str | None, trust_remote_code: bool) -> nn.Module:
+    with _opening(name):
+        from .loading import load_shell
+
+        return load_shell(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _opening(name: str) -> Iterator[None]:
+    """Errors in here say which model could not be opened; transformers keeps its progress bars to itself."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"cannot open {name!r}: {_one_line(error)}") from error
+
+
+def _check_output(folder: Path, force: bool) -> None:
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise FileExistsError(f"{folder} is not empty; name another folder, or write into this one with --force")
+
+
+def _write(
+    model: nn.Module, name: str, folder: Path, full: bool, trust_remote_code: bool, revision: str | None
+) -> None:
+    if not full:
+        from . import save
+
+        save(model, folder)
+        return
+    from .loading import load_tokenizer
+
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer = load_tokenizer(name, trust_remote_code, revision)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _files(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [{"name": str(path.relative_to(folder)), "bytes": path.stat().st_size} for path in files]
+
+
+def _file_line(file: dict[str, Any]) -> str:
+    return f"  {file['name']}  {file['bytes']:,} bytes"
+
+
+def _patch_text(result: dict[str, Any]) -> str:
+    from .catalog import short_text
+
+    what = "the whole model" if result["whole_model"] else "the patch"
+    lines = [f"{'wrote' if result['written'] else 'would write'} {what} to {result['folder']}"]
+    for entry in result["plan"]:
+        methods = " over ".join(short_text(method) for method in entry["methods"])
+        lines.append(f"  {methods} on {len(entry['layers'])} layers, {entry['layers'][0]} to {entry['layers'][-1]}")
+    lines.append(f"  new parameters: {result['parameters']:,}")
+    return "\n".join([*lines, *(_file_line(file) for file in result["files"])])
+
+
+def _print(data: Any, as_json: bool, content: Any) -> None:
+    """Data as JSON, or the same for people."""
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        _console().print(content, highlight=False, markup=False, soft_wrap=isinstance(content, str))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    from .tables import TEXT_WIDTH
+
+    # A pipe has no width: take one that does not fold the tables.
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=TEXT_WIDTH if piped else None)

@@ -1,0 +1,216 @@
+"""`patchattn demo`: every method on one model, with what it costs and what must hold.
+
+The model is a tiny Llama with random weights, made on the spot: it shows that the machinery is right and what
+the caches hold, not what a method does to the quality of answers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .attach import patch, patch_parameters, unfit, unpatch
+from .cache import cache_bytes
+from .hub import load, save
+from .method import Method, methods
+from .sites import default_sites, find_sites
+from .tables import Report, add_row, setting_text, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PROMPTS = (411, 500)  # tokens of the two rows of the padded batch, beyond what DuoAttention's windows hold
+NEW_TOKENS = 12
+TIMED_TOKENS = 16
+TOLERANCE = 1e-4  # float32, on logits
+MIXED = {"even": "gated_attention over duo_attention", "odd": "dense"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on the model. `seconds` is the fastest of some decoded tokens after `tokens` of context."""
+
+    method: str
+    bytes: int
+    difference: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that must hold, with the first thing that does not."""
+
+    says: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Demo(Report):
+    """What the demo saw."""
+
+    model: str
+    tokens: int
+    rows: list[Row]
+    left_out: dict[str, str]
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "passed": self.passed}
+
+    def parts(self) -> list[RenderableType]:
+        base = self.rows[0]
+        columns = ("method", f"cache at {self.tokens} tokens", "of the base's", "largest difference", "a decoded token")
+        rows = table(*columns, title=self.model)
+        for row in self.rows:
+            difference = f"{row.difference:.1e}" if row.difference else "0"
+            add_row(rows, row.method, f"{row.bytes:,} bytes", f"{row.bytes / base.bytes:.1%}", difference,
+                    f"{1000 * row.seconds:.2f} ms")  # fmt: skip
+        lines = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
+        lines += [f"{'✓' if check.passed else '✗'} {check.says}{f': {check.detail}' if check.detail else ''}"
+                  for check in self.checks]  # fmt: skip
+        return [rows, "\n".join(lines)]
+
+
+def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
+    """Patch, compare, generate, save, reload and unpatch, with every registered method and a mixed plan.
+
+    Args:
+        model: an unpatched decoder in float32, left as it was; default: a tiny Llama with random weights.
+        tokens: how long the context is at which caches and decoding time are measured.
+    """
+    if model is None:
+        model, title = tiny_llama(), "a tiny Llama with random weights (seed 0)"
+    else:
+        title = f"{type(model).__name__} {getattr(model.config, '_name_or_path', '')}".strip()
+    patches, left_out = _patches(model)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, vocabulary, (1, tokens), generator=generator)
+    prompts = [torch.randint(1, vocabulary, (1, length), generator=generator) for length in PROMPTS]
+    with torch.no_grad():
+        wanted, row = _measure(model, ids, "unpatched", None)
+        rows, wrong = [row], _Wrong()
+        for name, what in patches.items():
+            patch(model, what)
+            _, row = _measure(model, ids, name, wanted)
+            rows.append(row)
+            if isinstance(what, Method) and what.exact and row.difference > TOLERANCE:
+                wrong.exact.append(f"{name} differs by {row.difference:.1e}")
+            if not _padding_is_harmless(model, prompts):
+                wrong.padding.append(name)
+            _check_reload(model, ids, name, wanted, wrong)
+    return Demo(title, tokens, rows, left_out, wrong.checks(len(patches)))
+
+
+def tiny_llama() -> nn.Module:
+    """A Llama of 4 layers, 8 heads over 4 KV heads of size 32, with random weights from a fixed seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+                         intermediate_size=512, vocab_size=512, max_position_embeddings=32768)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def _patches(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+    """What to patch with, by name, and which methods do not fit this model and why."""
+    sites = default_sites(find_sites(model))
+    patches: dict[str, Any] = {}
+    left_out = {}
+    for cls in methods().values():
+        for settings in cls.variants:
+            method, name = cls(**settings), setting_text({"method": cls.name, **settings})
+            reasons = [unfit(site, [method]) for site in sites]
+            if None in reasons:
+                patches[name] = method
+            else:
+                left_out[name] = reasons[0] or ""
+    mixed = "; ".join(f"{layers}: {what}" for layers, what in MIXED.items())
+    if not set(_names(MIXED.values())) & {name.partition(":")[0] for name in left_out}:
+        patches[mixed] = {layers: what.split(" over ") for layers, what in MIXED.items()}
+    return patches, left_out
+
+
+def _names(plans: Iterable[str]) -> list[str]:
+    return [name for plan in plans for name in plan.split(" over ")]
+
+
+def _measure(model: Any, ids: Tensor, name: str, wanted: Tensor | None) -> tuple[Tensor, Row]:
+    """Logits `[1, T, V]` of the prompt, and what its cache and the tokens after it cost."""
+    result = model(input_ids=ids, use_cache=True)
+    logits, cache = result.logits, result.past_key_values
+    held = cache_bytes(cache)
+    token, times = logits[:, -1:].argmax(-1), []
+    for _ in range(TIMED_TOKENS):
+        start = time.perf_counter()
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        times.append(time.perf_counter() - start)
+    difference = 0.0 if wanted is None else (logits - wanted).abs().max().item()
+    return logits, Row(name, held, difference, min(times))
+
+
+def _padding_is_harmless(model: Any, prompts: Sequence[Tensor]) -> bool:
+    """Whether a left-padded batch gives, token by token, what each of its rows gives alone."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    batch = torch.cat([functional.pad(prompt, (longest - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.cat([functional.pad(torch.ones_like(p), (longest - p.shape[1], 0)) for p in prompts])
+    together = _generate(model, batch, mask)
+    alone = torch.cat([_generate(model, prompt, torch.ones_like(prompt)) for prompt in prompts])
+    return torch.equal(together, alone)
+
+
+def _generate(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    out = model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, max_new_tokens=NEW_TOKENS,
+                         min_new_tokens=NEW_TOKENS)  # fmt: skip
+    return out[:, ids.shape[1] :]
+
+
+def _check_reload(model: Any, ids: Tensor, name: str, wanted: Tensor, wrong: _Wrong) -> None:
+    """Save, unpatch, load, unpatch; the patch's parameters are moved first, so that there is something to load."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in patch_parameters(model).values():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    before = model(input_ids=ids).logits
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder, "patch"))
+        unpatch(model)
+        if not torch.equal(model(input_ids=ids).logits, wanted):
+            wrong.unpatched.append(name)
+        load(model, Path(folder, "patch"))
+    if not torch.equal(model(input_ids=ids).logits, before):
+        wrong.reloaded.append(name)
+    unpatch(model)
+
+
+@dataclass
+class _Wrong:
+    """Which patches failed which check."""
+
+    exact: list[str] = field(default_factory=list)
+    padding: list[str] = field(default_factory=list)
+    reloaded: list[str] = field(default_factory=list)
+    unpatched: list[str] = field(default_factory=list)
+
+    def checks(self, patches: int) -> list[Check]:
+        all_of = f"with each of the {patches} patches"
+        says = {
+            "methods that claim to be exact give the logits of the unpatched model": self.exact,
+            f"{all_of}, a left-padded batch generates what its rows generate alone": self.padding,
+            f"{all_of}, saved and loaded again, the logits are the same bit for bit": self.reloaded,
+            f"{all_of} taken off, the logits are those of before bit for bit": self.unpatched,
+        }
+        return [Check(line, not failed, "; ".join(failed)) for line, failed in says.items()]

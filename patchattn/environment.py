@@ -1,0 +1,52 @@
+"""Versions, devices and settings, for bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+from . import __version__
+
+PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "peft", "lm_eval", "triton", "kernels", "safetensors",
+            "huggingface_hub", "tokenizers", "numpy", "rich", "typer")  # fmt: skip
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PATCHATTN_GOLDEN",
+             "PATCHATTN_REAL_MODEL", "TRITON_INTERPRET")  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """What is installed and on which machine, JSON-ready."""
+    import torch
+
+    from .method import methods
+
+    return {
+        "patchattn": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "missing": [name for name in PACKAGES if _version(name) is None],
+        "devices": _devices(torch),
+        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
+        "methods": list(methods()),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices(torch: Any) -> list[str]:
+    found = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
