@@ -566,7 +566,9 @@ def patch_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def patch_state(model: nn.Module) -> dict[str, Tensor]:
     """The patch's own parameters and persistent buffers, by their name in the model."""
     sites = record_of(model).patched
-    return {name: tensor for site in sites for name, tensor in _own_state(site, attachment_of(site.module).methods).items()}
+    return {
+        name: tensor for site in sites for name, tensor in _own_state(site, attachment_of(site.module).methods).items()
+    }
 
 
 def _own_state(site: Site, methods: Sequence[Method]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -101,8 +102,7 @@ class PatchCacheLayer(CacheLayerMixin):
 
     def cache_bytes(self) -> int:
         """Bytes of every tensor held."""
-        held = [getattr(self, name, None) for name in self.tensors]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+        return storage_bytes([getattr(self, name, None) for name in self.tensors])
 
 
 class TwoTierLayer(PatchCacheLayer):
@@ -248,15 +248,21 @@ class TwoTierLayer(PatchCacheLayer):
         return super().cache_bytes() + (layer_bytes(self.full) if self.full is not None else 0)
 
 
+def storage_bytes(tensors: Iterable[Any]) -> int:
+    """Memory behind these tensors; a slice counts as the whole it keeps alive, and nothing counts twice."""
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def layer_bytes(layer: Any) -> int:
     """Bytes of keys, values and states that one cache layer holds, ours or transformers'."""
     if isinstance(layer, PatchCacheLayer):
         return layer.cache_bytes()
-    held = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.dim() > 1]
+    held = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.dim()]
     for value in vars(layer).values():
         if isinstance(value, dict):
-            held += [tensor for tensor in value.values() if isinstance(tensor, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+            held += list(value.values())
+    return storage_bytes(held)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -98,6 +98,7 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()  # of "residual", "model_inputs", and projection names
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings that `inspect` shows beside each other
     exact: ClassVar[bool] = False  # computes what the unpatched model computes, for every setting
+    example: ClassVar[dict[str, Any]] = {}  # settings that make sense on a toy model of a few dozen tokens
 
     def __init__(self, config: MethodConfig | None = None, **fields: Any) -> None:
         super().__init__()

@@ -1,0 +1,40 @@
+"""Every registered method keeps the contract on every family."""
+
+from __future__ import annotations
+
+import pytest
+
+from patchattn import testing
+from patchattn.method import methods
+
+METHODS = list(methods())
+VARIANTS = {
+    "gated_attention-elementwise": ("gated_attention", {"kind": "elementwise", "init": "open", "bias": True}),
+    "duo_attention-all-streaming": ("duo_attention", {"heads": 0.0, "sink": 1, "recent": 3}),
+}
+
+
+# Compiling takes seconds; by default the families with their own code path do it, the others when slow tests run.
+COMPILING = ("compile_equals_eager", "compiled_decode_equals_eager")
+COMPILED_BY_DEFAULT = ("llama", "vit", "dit")
+
+
+def setups():
+    settings = {name: (name, methods()[name].example) for name in METHODS}
+    for label, (name, fields) in {**settings, **VARIANTS}.items():
+        for family in testing.FAMILIES.values():
+            setup = testing.Setup(methods()[name](**fields), family)
+            if testing.installed(family):
+                for check in testing.checks(family):
+                    yield pytest.param(
+                        setup, check, id=f"{label}-{family.name}-{check.__name__.removeprefix('check_')}"
+                    )
+
+
+@pytest.mark.parametrize(("setup", "check"), list(setups()))
+def test_contract(setup, check):
+    reason = setup.reason()
+    if reason is None:
+        check(setup)
+    else:
+        testing.check_refusal(setup, reason)
