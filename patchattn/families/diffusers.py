@@ -17,9 +17,9 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from ..sites import Site, _first_int
 
 SDPA, DISPATCH = "F.scaled_dot_product_attention", "dispatch_attention_fn"
 OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")  # of both, after query, key, value
+LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 TEXT = ("encoder", "txt", "text")  # parts of the names that diffusers gives to what comes from the text
 
 
@@ -58,67 +59,59 @@ class _Reading:
     grouped: bool = False
 
 
+def _read(processor: Any) -> _Reading:
+    """What the processor's code says; a problem names its class."""
+    call, kind = type(processor).__call__, type(processor).__name__
+    if isinstance(processor, nn.Module):
+        return _Reading(f"its processor {kind} has weights of its own")
+    if not isinstance(call, FunctionType) or inspect.unwrap(call) is not call:
+        return _Reading(f"its processor {kind} is no plain class with a __call__")
+    reading = _read_code(call)
+    return replace(reading, problem=f"its processor {kind} {reading.problem}") if reading.problem else reading
+
+
 @functools.cache
-def _read(function: Callable[..., Any]) -> _Reading:
+def _read_code(function: FunctionType) -> _Reading:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return _Reading("its source code cannot be read")
-    calls = [
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in (SDPA, DISPATCH)
-    ]
-    loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While, ast.comprehension))]
-    if len(calls) != 1 or any(calls[0] in ast.walk(loop) for loop in loops):
+        return _Reading("has no source code that could be read")
+    calls = [node for node in ast.walk(tree) if _calls(node, SDPA, DISPATCH)]
+    looped = any(call in ast.walk(loop) for loop in ast.walk(tree) if isinstance(loop, LOOPS) for call in calls)
+    if len(calls) != 1 or looped:
         count = "in a loop" if len(calls) == 1 else f"{len(calls)} times"
-        return _Reading(f"it calls {SDPA} or {DISPATCH} {count}; patchattn needs exactly one call")
-    call = calls[0]
-    dispatched = ast.unparse(call.func) == DISPATCH
-    scope = getattr(function, "__globals__", {})
-    if not dispatched and scope.get("F") is not functional:
-        return _Reading("its F is not torch.nn.functional")
-    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-    query = ast.unparse(call.args[0] if call.args else keywords["query"])
+        return _Reading(f"calls {SDPA} or {DISPATCH} {count}; patchattn needs exactly one call")
+    call = cast(ast.Call, calls[0])
+    dispatched = _calls(call, DISPATCH)
+    if not (DISPATCH in function.__globals__ if dispatched else function.__globals__.get("F") is functional):
+        return _Reading(f"has a {ast.unparse(call.func)} of its own")
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
     return _Reading(
         dispatched=dispatched,
         arguments=tuple(inspect.signature(function).parameters)[2:],
-        text_first=_text_first(tree, query, before=call.lineno),
-        causal=ast.unparse(keywords["is_causal"]) if "is_causal" in keywords else "False",
+        text_first=_text_first(tree, keywords.get("query") or ast.unparse(call.args[0]), before=call.lineno),
+        causal=keywords.get("is_causal", "False"),
         grouped="enable_gqa" in keywords,
     )
+
+
+def _calls(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in names
 
 
 def _text_first(tree: ast.AST, query: str, before: int) -> bool | None:
     """The order of `query = torch.cat([text part, image part])`, told by the names of the two parts."""
     orders = set()
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.lineno < before):
+        if not (isinstance(node, ast.Assign) and _calls(node.value, "torch.cat") and node.lineno < before):
             continue
-        joined = ast.unparse(node.value.func) == "torch.cat" and ast.unparse(node.targets[0]) in (
-            query,
-            "hidden_states",
-        )
-        parts = getattr(node.value.args[0], "elts", []) if joined and node.value.args else []
-        text = [any(mark in ast.unparse(part) for mark in TEXT) for part in parts]
+        if ast.unparse(node.targets[0]) not in (query, "hidden_states"):
+            continue
+        parts = [ast.unparse(part) for part in getattr(cast(ast.Call, node.value).args[0], "elts", [])]
+        text = [any(mark in part for mark in TEXT) for part in parts]
         if len(text) == 2 and sum(text) == 1:
             orders.add(text[0])
     return orders.pop() if len(orders) == 1 else None
-
-
-def _call_of(processor: Any) -> Any:
-    return type(processor).__call__
-
-
-def _problem(processor: Any) -> str | None:
-    """Why this processor cannot be wrapped, naming its class, or None."""
-    kind = type(processor).__name__
-    if isinstance(processor, nn.Module):
-        return f"its processor {kind} has weights of its own"
-    if not isinstance(_call_of(processor), FunctionType) or inspect.unwrap(_call_of(processor)) is not _call_of(
-        processor
-    ):
-        return f"its processor {kind} is no plain class with a __call__"
-    problem = _read(_call_of(processor)).problem
-    return f"its processor {kind} cannot be wrapped: {problem}" if problem else None
 
 
 # ---- where a method can sit --------------------------------------------------------------------------------
@@ -131,19 +124,17 @@ def site(name: str, module: nn.Module, config: Any, layer_idx: int) -> Site | No
     if not (callable(getattr(module, "set_processor", None)) and hasattr(module, "processor")):
         return None
     processor = _original(module)
-    problem = _problem(processor)
-    reading = _read(_call_of(processor)) if problem is None else _Reading(problem)
-    problem = problem or _cross_attention(module, processor)
+    reading = _read(processor)
+    problem = reading.problem or _cross_attention(module, processor)
     heads = _first_int(module, "heads", "num_heads", "num_attention_heads") or 0
-    head_dim = _first_int(module, "head_dim", "dim_head", "attention_head_dim")
-    head_dim = head_dim or (_width(module, "out_features", "to_q") or _first_int(module, "inner_dim") or 0) // max(
-        heads, 1
-    )
+    inner = _width(module, "out_features", "to_q") or _first_int(module, "inner_dim") or 0
+    head_dim = _first_int(module, "head_dim", "dim_head") or (inner // heads if heads else 0)
     hidden = _width(module, "in_features", "to_q", "to_qkv") or _first_int(module, "query_dim") or 0
     text = _width(module, "in_features", "add_q_proj", "to_added_qkv")
     if text is not None and (text != hidden or reading.text_first is None):
         hidden = 0  # no single input lines up with the tokens of q
     kv_heads = _first_int(module, "kv_heads", "num_kv_heads") if reading.grouped else None
+    causal = reading.causal == "True" or (reading.causal == "attn.is_causal" and bool(getattr(module, "is_causal", False)))
     return Site(
         name=name,
         module=module,
@@ -154,8 +145,7 @@ def site(name: str, module: nn.Module, config: Any, layer_idx: int) -> Site | No
         kv_heads=kv_heads or heads,
         head_dim=head_dim,
         hidden_size=hidden,
-        causal=reading.causal == "True"
-        or ("is_causal" in reading.causal and bool(getattr(module, "is_causal", False))),
+        causal=causal,
         window=None,
         problem=problem,
     )
@@ -177,13 +167,12 @@ def _width(module: nn.Module, side: str, *children: str) -> int | None:
 def unfit(site: Site, methods: Sequence[Method]) -> str | None:
     """What diffusers' modules cannot give a method, or None."""
     processor = type(_original(site.module)).__name__
+    joint = _width(site.module, "in_features", "add_q_proj", "to_added_qkv") is not None
     for method in methods:
         if method.rotary == "raw":
-            return f"{method.name} needs q and k before rotary, but diffusers' {processor} applies it inside, if any"
-        if "residual" in method.needs and _width(site.module, "in_features", "add_q_proj", "to_added_qkv") is not None:
-            return (
-                f"{method.name} needs the residual stream, but in joint attention there are two: of text and of image"
-            )
+            return f"{method.name} needs q and k before rotary, which {processor} applies itself if there is one"
+        if joint and "residual" in method.needs:
+            return f"{method.name} needs the residual stream; joint attention has two, of text and of image"
     return None
 
 
@@ -196,9 +185,7 @@ def attach(site: Site, methods: list[Method]) -> None:
     attachment = Attachment(site, "sdpa", _base)
     attachment.methods = methods
     module.__dict__["_patchattn"] = attachment
-    module.add_module("patchattn", nn.ModuleList(methods))
-    module.patchattn.to(site.device)
-    module.patchattn.train(module.training)
+    module.add_module("patchattn", nn.ModuleList(methods).to(site.device).train(module.training))
     _set_processor(attachment, _original(module))
     # From outside the patch cannot be seen, and it stays on when diffusers changes processors, as
     # `fuse_qkv_projections` and `set_attn_processor` do.
@@ -223,7 +210,7 @@ def _set_processor(attachment: Attachment, processor: Any, *args: Any, **kwargs:
     """`set_processor` of a patched module: the patch stays on, over the new processor."""
     if isinstance(processor, PatchedProcessor):
         processor = processor.original
-    problem = _problem(processor)
+    problem = _read(processor).problem
     if problem is not None:
         raise ValueError(f"{attachment.site.name} is patched, and {problem}; call patchattn.unpatch first")
     attachment.site.module.processor = _wrap(processor, attachment)
@@ -247,6 +234,9 @@ class ProcessorContext(AttentionContext):
 
     __slots__ = ("text_first", "text_states")
 
+    text_first: bool | None
+    text_states: Tensor | None
+
     @property
     def hidden_states(self) -> Tensor:
         """`[B, T, C]`, what went into the module, token by token as q has them: text and image joined likewise."""
@@ -254,11 +244,15 @@ class ProcessorContext(AttentionContext):
         states, text = _tokens(self._hidden_states), self.text_states
         if text is not None:
             if self.text_first is None:
-                raise RuntimeError(f"{name}: how its processor joins text and image tokens cannot be read from its code, "
-                                   "so its hidden states cannot be lined up with q")  # fmt: skip
+                raise RuntimeError(
+                    f"{name}: its processor's code does not say in which order text and image tokens are joined, so "
+                    "its hidden states cannot be lined up with q"
+                )
             if text.shape[-1] != states.shape[-1]:
-                raise RuntimeError(f"{name}: its text tokens are {text.shape[-1]} wide and its image tokens "
-                                   f"{states.shape[-1]}, so they are no single [B, T, C]")  # fmt: skip
+                raise RuntimeError(
+                    f"{name}: its text tokens are {text.shape[-1]} wide and its image tokens {states.shape[-1]}, so "
+                    "they are no single [B, T, C]"
+                )
             states = torch.cat([text, states] if self.text_first else [states, text], dim=1)
         return self._lined_up(states, "hidden states")
 
@@ -269,8 +263,10 @@ class ProcessorContext(AttentionContext):
 
     def _lined_up(self, states: Tensor, what: str) -> Tensor:
         if (states.shape[0], states.shape[1]) != (self.q.shape[0], self.q.shape[2]):
-            raise RuntimeError(f"{self.attachment.site.name}: its {what} {list(states.shape)} cannot be lined up with its "
-                               f"q {list(self.q.shape)}")  # fmt: skip
+            raise RuntimeError(
+                f"{self.attachment.site.name}: its {what} {list(states.shape)} cannot be lined up with its q "
+                f"{list(self.q.shape)}"
+            )
         return states
 
 
@@ -284,10 +280,9 @@ class PatchedProcessor:
     __slots__ = ("attachment", "original", "reading", "run")
 
     def __init__(self, original: Any, attachment: Attachment) -> None:
-        function = _call_of(original)
-        reading = _read(function)
-        for name, value in (("original", original), ("attachment", attachment), ("reading", reading),
-                            ("run", _exchanged(function, reading, attachment))):  # fmt: skip
+        reading = _read(original)
+        run = _exchanged(type(original).__call__, reading, attachment)
+        for name, value in zip(PatchedProcessor.__slots__, (attachment, original, reading, run), strict=True):
             object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -318,15 +313,16 @@ def _call(self: PatchedProcessor, attn: nn.Module, *args: Any, **kwargs: Any) ->
 
 
 @functools.cache
-def _wrapper_class(original: type) -> type[PatchedProcessor]:
+def _wrapper_class(original: Any) -> type[PatchedProcessor]:
     """A class for each processor class: diffusers reads from the signature which arguments a processor takes."""
     call = FunctionType(_call.__code__, _call.__globals__, "__call__")
     call.__signature__ = inspect.signature(original.__call__)  # type: ignore[attr-defined]
     return type(f"Patched{original.__name__}", (PatchedProcessor,), {"__call__": call, "__slots__": ()})
 
 
-def _wrap(original: Any, attachment: Attachment) -> PatchedProcessor:
-    return _wrapper_class(type(original))(original, attachment)
+def _wrap(original: Any, attachment: Attachment) -> Any:
+    kind: Any = type(original)
+    return _wrapper_class(kind)(original, attachment)
 
 
 def _exchanged(function: Any, reading: _Reading, attachment: Attachment) -> Callable[..., Any]:
@@ -344,11 +340,12 @@ def _exchanged(function: Any, reading: _Reading, attachment: Attachment) -> Call
 
 
 def _attention(
-    attachment: Attachment, original: Callable[..., Tensor], dispatched: bool, query: Tensor, key: Tensor, value: Tensor,
-    *args: Any, **kwargs: Any,
+    attachment: Attachment, original: Callable[..., Tensor], dispatched: bool,
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """What a wrapped processor calls in place of `original`: `[B, T, H, D]` if dispatched, else `[B, H, T, D]`."""
     ctx = attachment.context
+    assert isinstance(ctx, ProcessorContext)
     attachment.context = None
     given = {**dict(zip(OPTIONS, args, strict=False)), **kwargs}
     ctx.q, ctx.k, ctx.v = (x.transpose(1, 2) if dispatched else x for x in (query, key, value))
@@ -362,8 +359,10 @@ def _attention(
         "given": given,
     }
     if ctx.text_states is not None and _tokens(ctx._hidden_states).shape[1] == ctx.q.shape[2]:
-        raise RuntimeError(f"{attachment.site.name} was called as cross-attention (with encoder_hidden_states that do not "
-                           "join its query), which patchattn does not patch; name other layers")  # fmt: skip
+        raise RuntimeError(
+            f"{attachment.site.name} was called as cross-attention (with encoder_hidden_states that do not join its "
+            "query), which patchattn does not patch; name the other layers"
+        )
     if not torch.compiler.is_compiling():
         attachment.calls += 1
     out = ctx.attend()
