@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,13 +24,16 @@ def is_repo_id(name: str | None) -> bool:
     return name is not None and REPO_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
-def render(description: Mapping[str, Any], where: str, auto_class: str | None, whole: bool) -> str:
+def render(
+    description: Mapping[str, Any], where: str, auto_class: str | None, whole: bool, quantized: bool = False
+) -> str:
     """README.md for a patch alone, or for a whole patched model.
 
     Args:
         where: the folder or repository that the example opens.
         auto_class: the class of transformers or diffusers that opens the base model, if there is one.
         whole: whether `where` holds the whole model and not just the patch.
+        quantized: whether the base model of a whole one is quantized, so that it opens as remote code only.
     """
     base, revision = description["base_model"], description["base_revision"]
     methods = [method["method"] for entry in description["plan"] for method in entry["methods"]]
@@ -52,9 +56,10 @@ def render(description: Mapping[str, Any], where: str, auto_class: str | None, w
         "## Use",
         "",
         "```python",
-        *_usage(description, where, auto_class, whole),
+        *_usage(description, where, auto_class, whole, quantized),
         "```",
         "",
+        *(["`trust_remote_code=True` does in place of `import patchattn`.", ""] if _remote(description, whole) else []),
         "## What is patched",
         "",
         *_settings(description),
@@ -76,30 +81,42 @@ def _opening(description: Mapping[str, Any], whole: bool) -> str:
     return f"{what} attention is replaced in {sum(len(e['layers']) for e in description['plan'])} modules"
 
 
-def _usage(description: Mapping[str, Any], where: str, auto_class: str | None, whole: bool) -> Iterator[str]:
-    diffusers = description["shape"]["model_type"] is None
-    library = "diffusers" if diffusers else "transformers"
+def _remote(description: Mapping[str, Any], whole: bool) -> bool:
+    return whole and description["shape"]["model_type"] is not None  # which diffusers does not have
+
+
+def _usage(
+    description: Mapping[str, Any], where: str, auto_class: str | None, whole: bool, quantized: bool
+) -> Iterator[str]:
+    library = "diffusers" if description["shape"]["model_type"] is None else "transformers"
     yield "import patchattn"
     if auto_class is not None and (whole or description["base_model"]):
         yield f"from {library} import {auto_class}"
         yield ""
         if whole:
-            yield f"model = {auto_class}.from_pretrained({where!r})"
+            yield f"model = {auto_class}.from_pretrained({_quoted(where)}{', trust_remote_code=True' if quantized else ''})"
             return
-        revision = f", revision={description['base_revision']!r}" if description["base_revision"] else ""
-        yield f"model = {auto_class}.from_pretrained({description['base_model']!r}{revision})"
+        revision = f", revision={_quoted(description['base_revision'])}" if description["base_revision"] else ""
+        yield f"model = {auto_class}.from_pretrained({_quoted(description['base_model'])}{revision})"
     else:
         yield ""
         yield f"model = ...  # the {description['architecture']} that the patch was made for"
-    yield f"patchattn.load(model, {where!r})"
+    yield f"patchattn.load(model, {_quoted(where)})"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def point_to(text: str, where: str) -> str:
     """The card with its example opening `where`."""
-    text = re.sub(r"(?m)^(patchattn\.load\(model, ).*\)$", lambda match: f"{match[1]}{where!r})", text)
+    text = re.sub(r"(?m)^(patchattn\.load\(model, ).*\)$", lambda match: f"{match[1]}{_quoted(where)})", text)
     if "patchattn.load(model, " not in text:
         text = re.sub(
-            r"(?m)^(model = \w+\.from_pretrained\().*\)$", lambda match: f"{match[1]}{where!r})", text, count=1
+            r"(?m)^(model = \w+\.from_pretrained\()".*?"(.*)$",
+            lambda match: f"{match[1]}{_quoted(where)}{match[2]}",
+            text,
+            count=1,
         )
     return text
 

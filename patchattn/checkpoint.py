@@ -46,9 +46,11 @@ _OLD_FILE = re.compile(r"(model|diffusion_pytorch_model|patchattn)([.-][\w.-]+)?
 def prepare_saving(root: nn.Module) -> None:
     """Let this one model save itself with its patch; its class is left alone."""
     for name in _SAVERS:
-        if hasattr(type(root), name) and name not in root.__dict__:
-            # A partial, since it follows the model through copy and pickle.
-            root.__dict__[name] = functools.partial(globals()[name], root)
+        stock = getattr(type(root), name, None)
+        if stock is not None and name not in root.__dict__:
+            saver: Any = functools.partial(globals()[name], root)  # which follows the model through copy and pickle
+            saver.__doc__, saver.__signature__ = stock.__doc__, inspect.signature(stock.__get__(root))
+            root.__dict__[name] = saver
 
 
 def undo_saving(root: nn.Module) -> None:
@@ -56,6 +58,8 @@ def undo_saving(root: nn.Module) -> None:
     for name in _SAVERS:
         if getattr(root.__dict__.get(name), "func", None) is globals()[name]:
             del root.__dict__[name]
+    if type(root.__dict__.get("hf_quantizer")).__module__ == "patchattn._diffusers_plugin":
+        del root.__dict__["hf_quantizer"]
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -70,6 +74,12 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
         if options.get(name) is refused:
             raise ValueError(f"save_pretrained: {name}={refused} cannot be used on a patched model, which is saved as "
                              "safetensors")  # fmt: skip
+    quantizer = getattr(model, "hf_quantizer", None)
+    if _is_diffusers(model) and quantizer is not None and quantizer.quantization_config.quant_method != METHOD:
+        raise ValueError(
+            f"this {type(model).__name__} is quantized, and diffusers opens a checkpoint either quantized or patched: "
+            "save the patch alone with patchattn.save, and put it on the quantized model with patchattn.load"
+        )
     names, tensors = set(patch_state(model)), hub.state(model)
     if options.get("state_dict") is not None:
         given = options["state_dict"]
@@ -153,6 +163,7 @@ def _complete(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], var
     if not config.is_file():  # not the main process
         return
     description, values = hub.describe(model), json.loads(config.read_text(encoding="utf-8"))
+    quantized = bool(values.get("quantization_config"))
     if values.get("auto_map"):
         description["auto_map"] = values["auto_map"]
     if tensors:
@@ -160,17 +171,22 @@ def _complete(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], var
         save_file({key: value.clone().contiguous() for key, value in tensors.items()}, folder / name,
                   metadata={"format": "pt"})  # fmt: skip
         _add_to_index(folder, name, tensors, variant)
-    values["patchattn"] = description
-    if not values.get("quantization_config"):
-        values["quantization_config"] = {"quant_method": METHOD}
-    if description["shape"]["model_type"] is not None:
-        names = ["AutoConfig", *dict.fromkeys([*hub.auto_classes(model), *(values.get("auto_map") or ())])]
-        names = list(dict.fromkeys(names))
+    if _is_diffusers(model):  # which would warn of a field it does not know
+        values["quantization_config"] = {"quant_method": METHOD, "patchattn": description}
+    else:
+        values["patchattn"] = description
+        if not quantized:
+            values["quantization_config"] = {"quant_method": METHOD}
+        names = list(dict.fromkeys(["AutoConfig", *hub.auto_classes(model), *(values.get("auto_map") or ())]))
         values["auto_map"] = {key: f"{Path(STUB).stem}.{key}" for key in names}
         (folder / STUB).write_text(_stub(names), encoding="utf-8")
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    text = card.render(description, where, hub.auto_class(model), whole=True)
+    text = card.render(description, where, hub.auto_class(model), whole=True, quantized=quantized)
     (folder / hub.CARD).write_text(text, encoding="utf-8")
+
+
+def _is_diffusers(model: nn.Module) -> bool:
+    return any(kind.__module__.startswith("diffusers.") for kind in type(model).__mro__)
 
 
 def _add_to_index(folder: Path, name: str, tensors: Mapping[str, Tensor], variant: str | None) -> None:
@@ -221,28 +237,36 @@ except ImportError as error:
 # ---- opening -----------------------------------------------------------------------------------------------
 
 
-def before_weights(model: Any, description: Any, files: Sequence[Any] | None) -> Path | None:
-    """Patch a model whose weights are still empty; returns the file its patch's tensors come from."""
+def patch_empty(model: Any, description: Any, check: Any = None) -> None:
+    """Patch a model as a checkpoint's config describes it, before or after its weights are loaded."""
     hub.check_format(description, f"the config of this {type(model).__name__}")
-    file = next((Path(name) for name in files or () if _PATCH_FILE.fullmatch(Path(name).name)), None)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # as in a call of `patch`: the loader has set the model's
     try:
-        hub.put_on(model, description, file)
+        hub.put_on(model, description, check)
     finally:
         torch.set_default_dtype(default)
     record = record_of(model)
     record.base_model, record.base_revision = description["base_model"], description["base_revision"]
+
+
+def before_weights(model: Any, description: Any, files: Sequence[Any] | None) -> Path | None:
+    """Patch a model of transformers; returns the file that its patch's tensors come from, if it has any."""
+    file = next((Path(name) for name in files or () if _PATCH_FILE.fullmatch(Path(name).name)), None)
+    if files is None:  # the weights were handed over as a `state_dict`, and so are the patch's
+        patch_empty(model, description)
+        return None
+    with hub.open_tensors(file) as tensors:
+        source = os.fspath(Path(files[0]).parent) if files else model.config._name_or_path
+        patch_empty(model, description, hub.TensorCheck(tensors, source, description, model))
     return file
 
 
 def after_weights(model: Any, description: Mapping[str, Any], file: Path | None) -> None:
     """Write the patch's tensors bit for bit, whatever the loader made of their names, and forget how we got here."""
     if file is not None:
-        from safetensors import safe_open
-
         rename = hub.fit(description, model)
-        with safe_open(file, framework="pt") as tensors:
+        with hub.open_tensors(file) as tensors:
             saved = {rename(name): name for name in tensors.keys()}  # noqa: SIM118
             for name, tensor in patch_state(model).items():
                 if tensor.device.type != "meta":  # offloaded: the loader has put it where it belongs

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from . import __version__, card
@@ -68,7 +69,8 @@ def load(
     if strict_base:
         _check_base(description, root_of(model))
     file = folder / TENSORS
-    return put_on(model, description, file if file.is_file() else None)
+    with open_tensors(file if file.is_file() else None) as tensors:
+        return put_on(model, description, TensorCheck(tensors, os.fspath(source), description, root_of(model)))
 
 
 def push(
@@ -197,7 +199,7 @@ def _one_or_all(values: list[int]) -> int | list[int]:
 
 def auto_class(root: nn.Module) -> str | None:
     """The class that opens this kind of model by name: one of transformers' auto classes, or diffusers' own."""
-    if type(root).__module__.startswith("diffusers."):
+    if any(kind.__module__.startswith("diffusers.") for kind in type(root).__mro__):
         return type(root).__name__
     return next(iter(auto_classes(root)), None)
 
@@ -262,7 +264,8 @@ def read_description(folder: Path, source: str | None = None) -> dict[str, Any]:
             continue
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            description = values if key is None else values.get(key)
+            inside = values if key is None or key in values else values.get("quantization_config") or {}
+            description = inside if key is None else inside.get(key)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file} is no JSON object: {error}") from None
         if description is not None:
@@ -288,42 +291,55 @@ def check_format(description: Any, where: str) -> None:
         )
 
 
-def put_on(model: Model, description: Mapping[str, Any], file: Path | None) -> Model:
-    """Patch a model as described, with the tensors of a safetensors file; all or nothing."""
-    from safetensors import safe_open
-
+def put_on(
+    model: Model, description: Mapping[str, Any], check: Callable[[dict[str, Tensor]], None] | None = None
+) -> Model:
+    """Patch a model as described; all or nothing. For `check` see `apply_plan`."""
     rename = fit(description, root_of(model))
     plan = [{**entry, "layers": [rename(name) for name in entry["layers"]]} for entry in description["plan"]]
-    with safe_open(file, framework="pt") if file is not None else contextlib.nullcontext() as tensors:
-        check = TensorCheck(tensors, file, rename, getattr(root_of(model), "dtype", None))
-        return apply_plan(model, plan, check)
+    return apply_plan(model, plan, check)
+
+
+def open_tensors(file: Path | None) -> contextlib.AbstractContextManager[Any]:
+    """A safetensors file open for reading, or None where there is no file."""
+    from safetensors import safe_open
+
+    return contextlib.nullcontext() if file is None else safe_open(file, framework="pt")
+
+
+def saved_dtype(saved: torch.dtype, built: torch.dtype, model: nn.Module) -> torch.dtype:
+    """The dtype of a tensor that comes back.
+
+    A patch that was cast together with its model comes back as it was; on a model of another dtype, the method's
+    own choice stands.
+    """
+    return saved if saved == getattr(model, "dtype", None) and built.is_floating_point else built
 
 
 class TensorCheck:
-    """Compares the tensors of a file with those a patch needs, then fills the latter, in the dtype they were saved in.
+    """Compares the tensors of a file with those that a patch needs, then fills the latter.
 
-    A patch that was cast together with its model comes back as it was; on a model of another dtype, the method's
-    own choice stands. Tensors on the meta device only get their dtype: the model's loader fills them.
+    Tensors on the meta device only get their dtype: the model's loader fills them.
     """
 
-    def __init__(self, tensors: Any, file: Path | None, rename: Callable[[str], str], dtype: Any) -> None:
-        self.where = file or f"a patch without {TENSORS}"
-        self.tensors, self.rename, self.dtype = tensors, rename, dtype
+    def __init__(self, tensors: Any, source: str, description: Mapping[str, Any], model: nn.Module) -> None:
+        self.tensors, self.source, self.model, self.rename = tensors, source, model, fit(description, model)
 
     def __call__(self, needed: dict[str, Tensor]) -> None:
         found = {self.rename(name): name for name in (self.tensors.keys() if self.tensors is not None else ())}
-        for what, names in (("lacks", needed.keys() - found.keys()), ("has unexpected", found.keys() - needed.keys())):
+        where = f"the patch in {self.source}" + (f", which has no {TENSORS}," if self.tensors is None else "")
+        for what, names in (("lacks", needed.keys() - found.keys()), ("has", found.keys() - needed.keys())):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"{self.where} {what} tensors of the patch: {min(names)}{more}")
+                kind = "the tensor" if what == "lacks" else "an unexpected tensor"
+                raise ValueError(f"{where} {what} {kind} {min(names)}{more}")
         for name, tensor in needed.items():
             shape = tuple(self.tensors.get_slice(found[name]).get_shape())
             if shape != tuple(tensor.shape):
-                raise ValueError(f"{self.where}: {name} has shape {list(shape)}; this model needs {list(tensor.shape)}")
+                raise ValueError(f"{where} has {name} in shape {list(shape)}; this model needs {list(tensor.shape)}")
         for name, tensor in needed.items():
             value = self.tensors.get_tensor(found[name])
-            if value.dtype == self.dtype and tensor.is_floating_point():
-                tensor.data = tensor.data.to(value.dtype)
+            tensor.data = tensor.data.to(saved_dtype(value.dtype, tensor.dtype, self.model))
             if tensor.device.type != "meta":
                 tensor.data.copy_(value)
 
