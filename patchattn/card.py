@@ -113,7 +113,7 @@ def point_to(text: str, where: str) -> str:
     text = re.sub(r"(?m)^(patchattn\.load\(model, ).*\)$", lambda match: f"{match[1]}{_quoted(where)})", text)
     if "patchattn.load(model, " not in text:
         text = re.sub(
-            r"(?m)^(model = \w+\.from_pretrained\()".*?"(.*)$",
+            r'(?m)^(model = \w+\.from_pretrained\()".*?"(.*)$',
             lambda match: f"{match[1]}{_quoted(where)}{match[2]}",
             text,
             count=1,
