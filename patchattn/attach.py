@@ -362,7 +362,10 @@ def attention_function(
     ctx._given_mask = attention_mask
     if attachment.methods and not torch.compiler.is_compiling():
         attachment.calls += 1
-    return ctx.attend(), ctx.weights
+    out = ctx.attend()
+    if attachment.captured:
+        attachment.captured.clear()
+    return out, ctx.weights
 
 
 def _before_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

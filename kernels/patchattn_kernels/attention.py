@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Elements of one `[queries, keys]` mask block. 2**24 is a 4096 x 4096 block, 16 MiB of booleans a row.
-MASK_ELEMENTS = 1 << 24
+# Elements of one `[queries, keys]` mask block: 2048 x 2048, or 128 queries over 32768 keys.
+MASK_ELEMENTS = 1 << 22
 
 
 def query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int]]:
