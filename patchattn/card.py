@@ -94,7 +94,8 @@ def _usage(
         yield f"from {library} import {auto_class}"
         yield ""
         if whole:
-            yield f"model = {auto_class}.from_pretrained({_quoted(where)}{', trust_remote_code=True' if quantized else ''})"
+            trust = ", trust_remote_code=True" if quantized else ""
+            yield f"model = {auto_class}.from_pretrained({_quoted(where)}{trust})"
             return
         revision = f", revision={_quoted(description['base_revision'])}" if description["base_revision"] else ""
         yield f"model = {auto_class}.from_pretrained({_quoted(description['base_model'])}{revision})"

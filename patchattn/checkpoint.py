@@ -31,13 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from . import card, hub
-from .attach import patch_state, record_of, root_of
+from .attach import patch_state, record_of
 
 METHOD = "patchattn"
 STUB = "modeling_patchattn.py"
 _SAVERS = ("save_pretrained", "push_to_hub")
 _PATCH_FILE = re.compile(r"patchattn(\.[\w-]+)?\.safetensors")
-_OLD_FILE = re.compile(r"(model|diffusion_pytorch_model|patchattn)([.-][\w.-]+)?\.safetensors(\.index[\w.-]*\.json)?")
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -67,9 +66,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     stock = type(model).save_pretrained
     options = inspect.signature(stock).bind(model, save_directory, *args, **kwargs).arguments
     options.update(options.pop("kwargs", {}))
-    push = options.pop("push_to_hub", False)
-    hub_options = {name: options.pop(name) for name in ("repo_id", "private", "commit_message", "create_pr", "revision")
-                   if name in options}  # fmt: skip
+    push, repo, hub_options = options.pop("push_to_hub", False), options.pop("repo_id", None), _hub_options(options)
     for name, refused in (("distributed_checkpoint", True), ("use_flashpack", True), ("safe_serialization", False)):
         if options.get(name) is refused:
             raise ValueError(f"save_pretrained: {name}={refused} cannot be used on a patched model, which is saved as "
@@ -86,49 +83,48 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
         tensors = {name: given.get(name, tensor).detach().cpu() for name, tensor in tensors.items()}
         options["state_dict"] = {name: tensor for name, tensor in given.items() if name not in names}
     where = options["save_directory"]
-    with hub.replacing(where, stale=lambda name: bool(_OLD_FILE.fullmatch(name))) as folder:
+    stale = functools.partial(hub.is_weights, variant=options.get("variant"))
+    with hub.replacing(where, stale) as folder:
         options["save_directory"] = folder
         options.pop("self")
         with _without_patch(model):
             stock(model, **options)
         _complete(model, folder, tensors, options.get("variant"), os.fspath(where))
-        hub._keep_foreign_card(folder, Path(where, hub.CARD))
+        hub.keep_foreign_card(folder, Path(where, hub.CARD))
         written = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
     if push and written:
-        repo = hub_options.pop("repo_id", Path(where).name)
-        _push(model, repo, where, written, token=options.get("token"), **hub_options)
+        _push(model, repo or Path(where).name, where, written, options.get("variant"), **hub_options)
 
 
-def push_to_hub(
-    model: Any,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: Any = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_description: str | None = None,
-    tags: Sequence[str] | None = None,
-    **options: Any,
-) -> Any:
+def push_to_hub(model: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """As the class's own `push_to_hub`, with the patch and its model card, in one commit."""
+    options = inspect.signature(type(model).push_to_hub).bind(model, repo_id, *args, **kwargs).arguments
+    del options["self"], options["repo_id"]
+    tags, hub_options = options.pop("tags", None), _hub_options(options)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, **options)
         written = [file.relative_to(folder).as_posix() for file in sorted(Path(folder).rglob("*")) if file.is_file()]
         if tags:
             _tag(Path(folder, hub.CARD), [tags] if isinstance(tags, str) else tags)
-        return _push(model, repo_id, folder, written, commit_message=commit_message, private=private, token=token,
-                     revision=revision, create_pr=create_pr, commit_description=commit_description)  # fmt: skip
+        return _push(model, repo_id, folder, written, options.get("variant"), **hub_options)
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes what concerns the hub out of the arguments of a class's own method."""
+    names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "subfolder")
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def _push(
-    model: Any, repo: str, folder: Any, names: Sequence[str], *, commit_message: str | None = None,
+    model: Any, repo: str, folder: Any, names: Sequence[str], variant: str | None, *, commit_message: str | None = None,
     private: bool | None = None, token: Any = None, revision: str | None = None, **options: Any,
 ) -> Any:  # fmt: skip
-    api, repo = hub._repository(repo, private, revision, token)
-    message = commit_message or f"Upload {type(root_of(model)).__name__}"
-    return hub.commit(api, repo, folder, names, message, revision=revision, **options)
+    api, repo = hub.repository(repo, private, revision, token)
+    message, stale = (
+        commit_message or f"Upload {type(model).__name__}",
+        functools.partial(hub.is_weights, variant=variant),
+    )
+    return hub.commit(api, repo, folder, names, message, stale, revision=revision, **options)
 
 
 def _tag(file: Path, tags: Sequence[str]) -> None:
@@ -158,7 +154,7 @@ def _complete(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], var
     config = folder / "config.json"
     adapters = [file for file in folder.iterdir() if file.name.startswith("adapter_")]
     if adapters:  # transformers' own LoRA integration writes the adapter alone, so we write the patch alone
-        hub._write(folder, hub._files(model, None, where))
+        hub.write(folder, hub.patch_files(model, None, where))
         return
     if not config.is_file():  # not the main process
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -29,6 +30,10 @@ from .sites import find_sites
 
 FORMAT = 1
 CONFIG, TENSORS, CARD = "patchattn_config.json", "patchattn.safetensors", "README.md"
+_WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model|patchattn)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    r"|(pytorch_model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
+)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -43,12 +48,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], results: Mapping[s
 
     What was in the folder before stays as it was until everything new is written.
     """
-    files = _files(model, results, os.fspath(directory))
-    with replacing(directory) as folder:
-        _write(folder, files)
-        _keep_foreign_card(folder, Path(directory, CARD))
-    if TENSORS not in files:
-        Path(directory, TENSORS).unlink(missing_ok=True)
+    files = patch_files(model, results, os.fspath(directory))
+    if is_whole(Path(directory)):
+        raise ValueError(f"{os.fspath(directory)} holds a whole patched model; give the patch a folder of its own")
+    with replacing(directory, stale=lambda name: name == TENSORS) as folder:
+        write(folder, files)
+        keep_foreign_card(folder, Path(directory, CARD))
     return Path(directory)
 
 
@@ -109,10 +114,11 @@ def push_folder(
 ) -> str:
     """Upload a folder that `save` or a patched model's `save_pretrained` wrote, in one commit; returns the address."""
     read_description(Path(folder))
+    stale = is_weights if is_whole(Path(folder)) else is_patch_file
     written = sorted(file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file())
     written = [name for name in written if not any(part.startswith(".") for part in name.split("/"))]
-    api, repo = _repository(repo, private, revision, token)
-    commit(api, repo, folder, written, commit_message or "Upload patch", revision=revision)
+    api, repo = repository(repo, private, revision, token)
+    commit(api, repo, folder, written, commit_message or "Upload patch", stale, revision=revision)
     return f"{api.endpoint}/{repo}"
 
 
@@ -157,7 +163,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def _files(model: nn.Module, results: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+def patch_files(model: nn.Module, results: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     """File names and contents of a patch alone: text, or tensors."""
     description, tensors = describe(model, results), state(model)
     text = card.render(description, where, auto_class(root_of(model)), whole=False)
@@ -165,7 +171,7 @@ def _files(model: nn.Module, results: Mapping[str, Any] | None, where: str) -> d
     return {**files, TENSORS: tensors} if tensors else files
 
 
-def _write(folder: Path, files: Mapping[str, Any]) -> None:
+def write(folder: Path, files: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     for name, content in files.items():
@@ -175,10 +181,23 @@ def _write(folder: Path, files: Mapping[str, Any]) -> None:
             save_file(content, folder / name, metadata={"format": "pt"})
 
 
-def _keep_foreign_card(folder: Path, existing: Path) -> None:
+def keep_foreign_card(folder: Path, existing: Path) -> None:
     """Leave a README.md that somebody else wrote as it is."""
     if existing.is_file() and not card.is_ours(existing.read_text(encoding="utf-8", errors="replace")):
         (folder / CARD).unlink(missing_ok=True)
+
+
+def is_patch_file(name: str) -> bool:
+    """Whether a patch alone consists of such files."""
+    return name in (CONFIG, TENSORS)
+
+
+def is_weights(name: str, variant: str | None = None) -> bool:
+    """Whether a whole checkpoint consists of such files, so that it replaces an earlier one's."""
+    if variant and f".{variant}." not in name:
+        return False
+    plain = name.replace(f".{variant}", "") if variant else name
+    return plain == CONFIG or _WEIGHTS.fullmatch(plain) is not None
 
 
 def _shape(root: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
@@ -254,6 +273,15 @@ def replacing(directory: str | os.PathLike[str], stale: Callable[[str], bool] = 
 
 
 # ---- what is read ------------------------------------------------------------------------------------------
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder holds a whole patched model, and not a patch alone."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "patchattn" in values or "patchattn" in (values.get("quantization_config") or {})
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_description(folder: Path, source: str | None = None) -> dict[str, Any]:
@@ -403,7 +431,7 @@ def _local(source: str | os.PathLike[str], revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, "config.json", TENSORS]))
 
 
-def _repository(repo: str, private: bool | None, revision: str | None, token: str | None) -> tuple[Any, str]:
+def repository(repo: str, private: bool | None, revision: str | None, token: str | None) -> tuple[Any, str]:
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -420,33 +448,34 @@ def commit(
     folder: str | os.PathLike[str],
     names: Sequence[str],
     message: str,
+    stale: Callable[[str], bool],
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     **options: Any,
 ) -> Any:
-    """Upload files of a folder in one commit, and take those of an earlier patch away in the same one."""
+    """Upload files of a folder, and take the `stale` ones they replace away, in one commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.errors import EntryNotFoundError
 
+    prefix = f"{subfolder}/" if subfolder else ""
     with _explained(repo, revision):
-        there = set(api.list_repo_files(repo, revision=revision))
+        there = {name.removeprefix(prefix) for name in api.list_repo_files(repo, revision=revision)
+                 if name.startswith(prefix)}  # fmt: skip
         operations: list[Any] = []
         for name in names:
             content: Any = os.path.join(folder, name)
             if name == CARD:
-                text = card.point_to(Path(content).read_text(encoding="utf-8"), repo)
-                content = text.encode()
-                with contextlib.suppress(EntryNotFoundError):
-                    if name in there and not card.is_ours(_remote_card(api, repo, revision)):
-                        continue
-            operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
-        stale = {CONFIG, TENSORS} & there - set(names)
-        operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
+                if name in there and not card.is_ours(_remote_text(api, repo, prefix + name, revision)):
+                    continue
+                content = card.point_to(Path(content).read_text(encoding="utf-8"), repo).encode()
+            operations.append(CommitOperationAdd(path_in_repo=prefix + name, path_or_fileobj=content))
+        old = sorted(name for name in there - set(names) if stale(name))
+        operations += [CommitOperationDelete(path_in_repo=prefix + name) for name in old]
         return api.create_commit(repo, operations, commit_message=message, revision=revision, **options)
 
 
-def _remote_card(api: Any, repo: str, revision: str | None) -> str:
-    return Path(api.hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8", errors="replace")
+def _remote_text(api: Any, repo: str, name: str, revision: str | None) -> str:
+    return Path(api.hf_hub_download(repo, name, revision=revision)).read_text(encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
