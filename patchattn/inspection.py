@@ -258,7 +258,9 @@ def bypassed(record: Patch) -> Iterator[str]:
     """Says where somebody switched the model to another attention implementation after it was patched."""
     for config, _ in record.implementations:
         current = config._attn_implementation
-        enabled = any(attachment_of(site.module).enabled for site in record.sites if site.config is config)
-        if current != IMPLEMENTATION and enabled:
+        enabled = any(
+            attachment_of(s.module).enabled for s in record.sites if getattr(s.module, "config", None) is config
+        )
+        if not current.startswith(IMPLEMENTATION) and enabled:
             yield (f"{type(config).__name__}: the attention implementation was set to {current!r} after patch, so the "
                    f"patch is not asked; call model.set_attn_implementation({IMPLEMENTATION!r})")  # fmt: skip
