@@ -9,6 +9,7 @@ without a method runs what ran before.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,29 @@ from . import _compat
 from .context import Attachment, AttentionContext, ModelInputs
 from .masks import mask_function
 from .method import Method, as_methods, checked_fields, describe
-from .sites import Site, default_sites, find_sites, forward_function, select
+from .sites import Site, default_sites, find_sites, forward_function, read_forward, select
 
 IMPLEMENTATION = "patchattn"
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class ConfigCopy:
+    """A config that only one model sees, in place of one that others may share."""
+
+    def __init__(self, old: Any, inner: dict[str, Any]) -> None:
+        self.old, self.new = old, copy.copy(old)
+        self.new.__dict__.update(inner)
+        self.at_first = dict(vars(self.new))
+        self.places: list[tuple[nn.Module, str]] = []  # modules, and the attribute that names the config
+
+    def put_back(self) -> None:
+        """The shared config again, with what the user has changed on the copy meanwhile."""
+        for module, key in self.places:
+            if module.__dict__.get(key) is self.new:
+                module.__dict__[key] = self.old
+        for key, value in vars(self.new).items():
+            if key != "_attn_implementation_internal" and (key not in self.at_first or self.at_first[key] is not value):
+                self.old.__dict__[key] = value
 
 
 class Patch:
@@ -33,7 +53,8 @@ class Patch:
 
     def __init__(self) -> None:
         self.plan: list[tuple[str, list[str], list[Method]]] = []  # selector, layer names, methods as given
-        self.implementations: list[tuple[Any, str]] = []  # configs and what stood there
+        self.configs: list[ConfigCopy] = []
+        self.implementations: list[tuple[Any, str]] = []  # configs that say "patchattn", and what stood there
         self.sites: list[Site] = []  # every attention module of the touched configs
         self.base_model: str | None = None
         self.base_revision: str | None = None
@@ -112,10 +133,10 @@ def _patch(model: Model, what: Any, layers: Any, check: Callable[[dict[str, Tens
     ready: list[tuple[Site, list[Method]]] = []
     for _, chosen, methods in plan:
         for order, site in enumerate(chosen):
-            copies = [type(method)(method.config) for method in methods]
-            for copy in copies:
-                copy.build(replace(site, order=order))
-            ready.append((site, copies))
+            own = [type(method)(method.config) for method in methods]
+            for method in own:
+                method.build(replace(site, order=order))
+            ready.append((site, own))
     if check is not None:
         check({name: tensor for site, copies in ready for name, tensor in _own_state(site, copies).items()})
     record = Patch()
@@ -124,7 +145,7 @@ def _patch(model: Model, what: Any, layers: Any, check: Callable[[dict[str, Tens
     record.base_model = getattr(config, "_name_or_path", None) or None
     record.base_revision = getattr(config, "_commit_hash", None)
     try:
-        _apply(root, record, sites, ready)
+        _apply(model, record, sites, ready)
     except BaseException:
         _remove(root, record)
         raise
@@ -209,7 +230,8 @@ def _rotary_function(module: nn.Module) -> Any:
     return None
 
 
-def _apply(root: nn.Module, record: Patch, sites: Sequence[Site], ready: Sequence[tuple[Site, list[Method]]]) -> None:
+def _apply(model: nn.Module, record: Patch, sites: Sequence[Site], ready: Sequence[tuple[Site, list[Method]]]) -> None:
+    root = root_of(model)
     from .checkpoint import prepare_saving
     from .families import diffusers
 
@@ -225,7 +247,7 @@ def _apply(root: nn.Module, record: Patch, sites: Sequence[Site], ready: Sequenc
             record.sites.append(site)
             diffusers.attach(site, methods_of[site.name])
             _capture(root, site)
-    _switch_implementation(root, record)
+    _switch_implementation(model, record)
     if any("model_inputs" in method.needs for _, methods in ready for method in methods):
         root.register_forward_pre_hook(_before_model, with_kwargs=True)
         root.register_forward_hook(_after_model, always_call=True)
@@ -237,6 +259,8 @@ def _attach(root: nn.Module, site: Site, methods: list[Method]) -> None:
     attachment = Attachment(site, base, _base_function(module, base))
     module.__dict__["_patchattn"] = attachment
     module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+    if site.pieces:
+        module.register_forward_hook(_after_attention, always_call=True)
     if not methods:
         return
     attachment.methods = methods
@@ -269,7 +293,7 @@ def _base_function(module: nn.Module, base: str) -> Any:
     scope = forward_function(module).__globals__
     table = scope["ALL_ATTENTION_FUNCTIONS"]
     if base == "eager":
-        eager = scope.get("eager_attention_forward")
+        eager = scope.get(read_forward(forward_function(module)).eager)
         if eager is None:
             raise ValueError(f"{type(module).__name__}: its modelling file has no eager attention; load the model with "
                              'attn_implementation="sdpa"')  # fmt: skip
@@ -287,24 +311,68 @@ def _rotary_embedding(root: nn.Module, name: str) -> nn.Module | None:
     return None
 
 
-def _switch_implementation(root: nn.Module, record: Patch) -> None:
-    """Point the configs of the touched modules, and the copies their owners read masks from, at patchattn."""
+def _switch_implementation(model: nn.Module, record: Patch) -> None:
+    """Point the touched modules, and their owners that make the masks, at patchattn.
+
+    A config object may be shared with other models, so this model gets copies of those that change, and of
+    those that contain them.
+    """
     register()
-    seen = set()
+    touched = {id(site.config) for site in record.sites if site.family == "interface"}
+    drawn = {id(site.config) for site in record.sites if site.draws_mask}
+    copies: dict[int, ConfigCopy] = {}
+
+    def isolated(config: Any) -> Any:
+        if id(config) in copies:
+            return copies[id(config)].new
+        inner = {}
+        for key in getattr(config, "sub_configs", None) or ():
+            value = getattr(config, key, None)
+            if value is not None and (new := isolated(value)) is not value:
+                inner[key] = new
+        if id(config) not in touched and not inner:
+            return config
+        made = copies[id(config)] = ConfigCopy(config, inner)
+        if id(config) in touched:
+            record.implementations.append((made.new, config._attn_implementation))
+            base = config._attn_implementation
+            made.new._attn_implementation_internal = _with_masks_of(base) if id(config) in drawn else IMPLEMENTATION
+        return made.new
+
+    if not touched:
+        return
+    isolated(root_of(model).config)
     for site in record.sites:
-        if site.family != "interface" or id(site.config) in seen:
-            continue
-        seen.add(id(site.config))
-        record.implementations.append((site.config, site.config._attn_implementation))
-        site.config._attn_implementation_internal = IMPLEMENTATION
+        if site.family == "interface":
+            isolated(site.config)
+    record.configs = list(copies.values())
+    for module in model.modules():
+        for key, value in vars(module).items():
+            made = copies.get(id(value))
+            if made is not None and made.old is value:
+                made.places.append((module, key))
+    for made in record.configs:
+        for module, key in made.places:
+            module.__dict__[key] = made.new
+
+
+def _with_masks_of(base: str) -> str:
+    """The name of our attention with the masks of another, for modules that compute with the mask themselves."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    name = f"{IMPLEMENTATION}_{base}"
+    AttentionInterface.register(name, attention_function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
 
 
 def _remove(root: nn.Module, record: Patch) -> None:
     from .checkpoint import undo_saving
     from .families import diffusers
 
-    for config, implementation in record.implementations:
-        config._attn_implementation_internal = implementation
+    for made in record.configs:
+        made.put_back()
     for site in record.sites:
         module = site.module
         if site.family == "diffusers":
@@ -355,17 +423,21 @@ def attention_function(
             "call patchattn.unpatch and patch again"
         )
     ctx = attachment.context
-    attachment.context = None
+    if not attachment.site.pieces:
+        attachment.context = None
     if ctx is None:
         ctx = AttentionContext(module, attachment)
-    ctx.q, ctx.k, ctx.v, ctx.kwargs = query, key, value, kwargs
-    ctx._given_mask = attention_mask
+    ctx.take(query, key, value, attention_mask, kwargs)
     if attachment.methods and not torch.compiler.is_compiling():
         attachment.calls += 1
     out = ctx.attend()
     if attachment.captured:
         attachment.captured.clear()
-    return out, ctx.weights
+    return out.contiguous(), ctx.weights  # many modules view the result
+
+
+def _after_attention(module: nn.Module, args: Any, output: Any) -> None:
+    module.__dict__["_patchattn"].context = None
 
 
 def _before_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -380,7 +452,7 @@ def _before_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> A
         if name in kwargs:
             cache = kwargs[name]
             break
-    if cache is not None and attachment.site.layer_idx is not None:
+    if cache is not None:
         _note_cache(ctx, attachment, cache)
     if attachment.raw:
         return _neutral_rotary(ctx, args, kwargs)
@@ -390,12 +462,12 @@ def _before_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> A
 def _note_cache(ctx: AttentionContext, attachment: Attachment, cache: Any) -> None:
     """Length and kind of this layer's cache before the call; puts the method's own cache layer in place."""
     cache = getattr(cache, "self_attention_cache", cache)
-    index: int = attachment.site.layer_idx  # type: ignore[assignment]
-    layers = cache.layers
-    if len(layers) <= index and getattr(cache, "layer_class_to_replicate", None) is not None:
+    index, layers = attachment.site.cache_index, cache.layers
+    if index is not None and len(layers) <= index and getattr(cache, "layer_class_to_replicate", None) is not None:
         while len(layers) <= index:
             layers.append(cache.layer_class_to_replicate())
-    if len(layers) <= index:
+    if index is None or len(layers) <= index or not hasattr(layers[index], "get_seq_length"):
+        ctx.past_length = None  # the keys are kept elsewhere; the mask will tell how many there are
         return
     layer = layers[index]
     own = getattr(layer, "expect", None)
@@ -499,7 +571,7 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
         attachment.captured.clear()
 
 
-for _hook in (_before_attention, _before_model, _after_model):
+for _hook in (_before_attention, _after_attention, _before_model, _after_model):
     _hook._patchattn_hook = True  # type: ignore[attr-defined]
 
 

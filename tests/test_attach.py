@@ -330,6 +330,29 @@ def test_half_precision_models_generate(dtype):
     assert out.shape == (2, 25) and model(tokens()).logits.dtype == dtype
 
 
+def test_models_that_share_a_config_are_patched_one_by_one():
+    torch.manual_seed(0)
+    config = LlamaConfig(**TEXT)
+    one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    ids = tokens()
+    wanted = other(ids).logits
+    patchattn.patch(one, patchattn.DuoAttention(heads=0.0, sink=1, recent=2))
+    assert other.config._attn_implementation == "sdpa" and other.config is config
+    assert torch.equal(other(ids).logits, wanted)
+    patchattn.patch(other, "gated_attention")
+    assert torch.equal(other(ids).logits, wanted)
+    patchattn.unpatch(one)
+    assert one.config is config and one.model.layers[0].self_attn.config is config
+    assert torch.equal(other(ids).logits, wanted) and patched_layers(other) == [0, 1, 2]
+
+
+def test_what_is_changed_in_the_config_of_a_patched_model_stays_after_unpatch():
+    model = patchattn.patch(llama(), "dense")
+    model.config.use_cache = False
+    patchattn.unpatch(model)
+    assert model.config.use_cache is False and model.config._attn_implementation == "sdpa"
+
+
 def test_importing_patchattn_changes_nothing_in_transformers():
     code = """
 import sys, patchattn

@@ -1,0 +1,59 @@
+"""Paired, interleaved timing: both sides in one process, in turn, so that the machine's moods hit them alike."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def paired(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each side, round by round, in ABBA order."""
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    for index in range(rounds):
+        for name in order if index % 2 == 0 else reversed(order):
+            started = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, base: str) -> tuple[float, float, float]:
+    """Median and quartiles of ours / base, round by round."""
+    ratios = [a / b for a, b in zip(seconds[ours], seconds[base], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    import torch
+    import transformers
+
+    import patchattn
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "patchattn": f"{patchattn.__version__} ({commit or 'no commit'})",
+    }
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
