@@ -43,7 +43,7 @@ class PatchedCheckpointReader(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from .attach import patch_state
-        from .checkpoint import patch_empty
+        from .opening import patch_empty
 
         patch_empty(model, self.quantization_config.description)
         self.names = set(patch_state(model))
@@ -76,7 +76,7 @@ class PatchedCheckpointReader(DiffusersQuantizer):
     ) -> None:
         from accelerate.utils import set_module_tensor_to_device
 
-        from .hub import saved_dtype
+        from .tensors import saved_dtype
 
         value = state_dict[param_name]  # param_value has been cast
         dtype = saved_dtype(value.dtype, model.get_parameter(param_name).dtype, model)

@@ -36,7 +36,7 @@ class PatchedCheckpointReader(HfQuantizer):
             raise ValueError('quant_method "patchattn" only opens what a patched model saved; call patchattn.patch')
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-        from . import checkpoint
+        from . import opening
 
         self.description: Any = getattr(model.config, "patchattn", None)
         if self.description is None:
@@ -44,13 +44,13 @@ class PatchedCheckpointReader(HfQuantizer):
                 f"the config of this {type(model).__name__} has no field 'patchattn', which its quantization_config "
                 "promises; open the checkpoint with the class it was saved from"
             )
-        self.file = checkpoint.before_weights(model, self.description, checkpoint_files)
+        self.file = opening.before_weights(model, self.description, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from . import checkpoint
+        from . import opening
 
-        checkpoint.after_weights(model, self.description, self.file)
+        opening.after_weights(model, self.description, self.file)
         self.remove_quantization_config(model)
         model.__dict__.pop("is_quantized", None)
         for module in model.modules():
