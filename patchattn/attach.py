@@ -23,7 +23,8 @@ from . import _compat
 from .context import Attachment, AttentionContext, ModelInputs
 from .masks import mask_function
 from .method import Method, as_methods, checked_fields, describe
-from .sites import Site, default_sites, find_sites, forward_function, read_forward, select
+from .reading import forward_function, read_forward
+from .sites import Site, default_sites, find_sites, select
 
 IMPLEMENTATION = "patchattn"
 Model = TypeVar("Model", bound=nn.Module)
@@ -572,7 +573,7 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
 
 
 for _hook in (_before_attention, _after_attention, _before_model, _after_model):
-    _hook._patchattn_hook = True  # type: ignore[attr-defined]
+    _hook._patchattn_hook = True  # type: ignore[union-attr]
 
 
 # ---- living with a patched model ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patchattn_kernels.attention import MASK_ELEMENTS, query_blocks
 
-from .masks import Mask, additive, boolean
+from .masks import Given, Mask, additive, boolean, unpack
 
 if TYPE_CHECKING:
     from .cache import PatchCacheLayer
@@ -84,7 +84,7 @@ class AttentionContext:
     """
 
     __slots__ = (
-        "_depth", "_given_mask", "_hidden_states", "_mask", "attachment", "cache", "k", "key_offset", "kwargs",
+        "_depth", "_given", "_hidden_states", "_mask", "attachment", "cache", "k", "key_offset", "kwargs",
         "layer_idx", "module", "past_length", "position_embeddings", "q", "static", "v", "weights",
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ class AttentionContext:
         self.weights: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
         self._hidden_states: Tensor | None = None
-        self._given_mask: Tensor | None = None
+        self._given = Given(None)
         self._mask: Mask | None = None
         self._depth = 0
 
@@ -161,13 +161,38 @@ class AttentionContext:
     def dropout(self) -> float:
         return self.kwargs.get("dropout", 0.0)
 
+    def take(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """What the module hands to its attention."""
+        self.q, self.k, self.v, self.kwargs = q, k, v, kwargs
+        self._given, self._mask = unpack(mask), None
+        if self.past_length is None:  # no cache layer told: the mask counts every token so far
+            self.past_length = (self._given.length or k.shape[2]) - q.shape[2]
+            self.key_offset = self.past_length + q.shape[2] - k.shape[2]
+        indices = kwargs.pop("indices", None)
+        if indices is not None:
+            self._keep_only(indices)
+
+    def _keep_only(self, indices: Tensor) -> None:
+        """Narrow the mask to the keys `[B, T, n]` that the module's own indexer picked."""
+        shape = (*indices.shape[:2], self.k.shape[2])
+        picked = torch.zeros(shape, dtype=torch.bool, device=indices.device).scatter(-1, indices.long(), True)[:, None]
+        keep = self.mask.keep(0, shape[1], shape[2], self.past_length, self.key_offset, indices.device)
+        self._given, self._mask = Given(keep & picked), None
+
     @property
     def window(self) -> int | None:
         """The model's own sliding window on this layer."""
+        if self._given.causal:
+            return self._given.window
         return self.kwargs.get("sliding_window", self.attachment.site.window)
 
     @property
     def causal(self) -> bool:
+        return self._given.causal or self._module_is_causal
+
+    @property
+    def _module_is_causal(self) -> bool:
+        """What the attention functions of transformers take for granted where they are given no mask."""
         given = self.kwargs.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if given is None else given)
 
@@ -180,7 +205,7 @@ class AttentionContext:
     def mask(self) -> Mask:
         """Which keys may be read, compactly."""
         if self._mask is None:
-            given = self._given_mask
+            given = self._given.mask
             dense = boolean(given) if given is not None and given.dim() == 4 else None
             padding = given if given is not None and given.dim() == 2 else None
             self._mask = Mask(padding, self.causal, self.window, dense)
@@ -233,7 +258,7 @@ class AttentionContext:
             keys = torch.arange(k.shape[2], device=k.device)[None] + self.key_offset
             q, k = self.rotate(q), self.rotate(k, keys)
         function, base = attachment.base_function, attachment.base
-        given = self._given_mask
+        given = self._given.mask
         if given is not None and given.dim() == 4 and base not in ("sdpa", "eager"):
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -249,17 +274,17 @@ class AttentionContext:
 
     def _needs_no_mask(self, base: str, queries: int, keys: int) -> bool:
         """The layer's own causality says everything, so that the base attention can take its fastest path."""
-        if self._given_mask is not None or self.static:
+        if self._given.mask is not None or self.static:
             return False
-        if not self.causal:
-            return True
-        window = self.window
-        if window is not None and keys > window:
+        if not self._given.causal:
+            return True  # the model gave no mask at all
+        window = self._given.window
+        if window is not None and keys >= window:
             return False
-        return queries == 1 or (queries == keys and base != "eager")
+        return queries == 1 or (queries == keys and base != "eager" and self._module_is_causal)
 
     def _base_mask(self, base: str, queries: int, keys: int, like: Tensor) -> Any:
-        given = self._given_mask
+        given = self._given.mask
         if given is not None and given.dim() == 4:
             return additive(given, like.dtype) if base == "eager" and given.dtype == torch.bool else given
         if self._needs_no_mask(base, queries, keys):
@@ -275,14 +300,14 @@ class AttentionContext:
         from . import _compat
 
         return _compat.registered_mask(
-            base, like, queries, keys, self.past_length, self.key_offset, self.window, self._given_mask, self.config
+            base, like, queries, keys, self.past_length, self.key_offset, self.window, self._given.mask, self.config
         )
 
     def _too_large(self, q: Tensor, k: Tensor, base: str) -> bool:
         queries, keys = q.shape[2], k.shape[2]
         if queries * keys <= MASK_ELEMENTS or base not in ("sdpa", "eager") or "position_bias" in self.kwargs:
             return False
-        given = self._given_mask
+        given = self._given.mask
         return not (given is not None and given.dim() == 4) and not self._needs_no_mask(base, queries, keys)
 
     def _in_blocks(self, function: Callable[..., Any], base: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

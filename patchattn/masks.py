@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,34 +27,75 @@ def mask_function(
 ) -> Tensor | None:
     """The mask side of the "patchattn" attention implementation.
 
-    Returns None (nothing is hidden beyond what the layer itself hides), `[B, S]` (padding of a causal layer),
-    `[B, 1, 1, S]` (padding of a bidirectional layer) or, for any other pattern, a full boolean `[B, 1, T, S]`.
+    A causal pattern is said by its shape: `[B, S]` is the padding over all S positions so far, with no row
+    (`[0, S]`) if there is none, and `[W, B, S]` (expanded, so it takes no memory) adds a sliding window of W.
+    `[B, 1, 1, S]` is the padding of a bidirectional layer, which gets None if there is none. Any other pattern
+    is a boolean `[B, 1, T, S]`. `unpack` reads it.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+    attention_mask = unpack(attention_mask).mask  # `generate` makes masks first, and the model makes them of those
     given = {"mask_function": mask_function or causal_mask_function, "attention_mask": attention_mask, **kwargs}
     if q_length is not None:
         given["q_length"] = q_length
     queries = q_length if q_length is not None else kwargs["cache_position"].shape[0]
     config, local = kwargs.get("config"), kwargs.get("local_size")
-    may_skip = kwargs.get("allow_is_causal_skip", True) or queries == 1
+    # One token and a static cache: transformers forbids to skip the mask only so that it compiles.
+    static = "cache_position" in kwargs or isinstance(kwargs.get("q_offset"), Tensor)
+    may_skip = kwargs.get("allow_is_causal_skip", True) or (queries == 1 and static)
     kv_offset = kwargs.get("kv_offset", 0)
+    length: Any = kv_offset + kv_length
 
     plain = mask_function is causal_mask_function or mask_function is None
     if local is not None:
         plain = local == getattr(config, "sliding_window", None) != getattr(config, "attention_chunk_size", None)
     if plain and may_skip and not kwargs.get("use_vmap", False):
-        return _padding(attention_mask, kv_offset + kv_length)
+        return _packed(_padding(attention_mask, length), length, local, kwargs)
     if mask_function is bidirectional_mask_function and not kwargs.get("use_vmap", False):
-        padding = _padding(attention_mask, kv_offset + kv_length)
+        padding = _padding(attention_mask, length)
         if padding is None:
             if kwargs.get("allow_is_bidirectional_skip", False):
                 return None
-            padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+            padding = torch.ones(batch_size, length - kv_offset, dtype=torch.bool, device=kwargs.get("device", "cpu"))
             return padding[:, None, None, :]
-        return padding[:, None, None, kv_offset : kv_offset + kv_length]
+        return padding[:, None, None, kv_offset:length]
     given.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return sdpa_mask(batch_size, *args, kv_length=kv_length, **given)
+
+
+def _packed(padding: Tensor | None, length: Any, window: int | None, kwargs: dict[str, Any]) -> Tensor:
+    if padding is None:
+        where = kwargs.get("device")
+        if where is None and "cache_position" in kwargs:
+            where = kwargs["cache_position"].device
+        padding = torch.ones(0, length, dtype=torch.bool, device=where)
+    return padding if window is None else padding.expand(window, *padding.shape)
+
+
+class Given(NamedTuple):
+    """A mask as a layer was given it, unpacked.
+
+    Attributes:
+        mask: padding `[B, S]`, a 4-D mask, or None.
+        causal: the mask function said so; else only the layer itself can tell.
+        window: the sliding window that goes with a causal mask.
+        length: S, the positions seen so far, this call's included; 0 if unknown.
+    """
+
+    mask: Tensor | None
+    causal: bool = False
+    window: int | None = None
+    length: int = 0
+
+
+def unpack(mask: Tensor | None) -> Given:
+    """Read what `mask_function` wrote."""
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3):
+        return Given(mask)
+    window = None
+    if mask.dim() == 3:
+        window, mask = mask.shape[0], mask[0]
+    return Given(mask if mask.shape[0] else None, True, window, mask.shape[1])
 
 
 def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -64,7 +105,7 @@ def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     missing = length - attention_mask.shape[-1]
-    return torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+    return torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask[:, :length]
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from .reading import Reading, forward_function, read_forward
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "proj", "wo", "projection_layer", "linear_out")
 
@@ -31,6 +33,10 @@ class Site:
     causal: bool
     window: int | None  # the model's own sliding window on this layer
     position_bias: bool = False  # the module adds a bias of its own to the scores
+    pieces: bool = False  # one forward calls the attention several times, each on a part of q, k, v
+    cache_index: int | None = None  # where its keys are in a cache; None if that is not known beforehand
+    draws_mask: bool = False  # the module changes the mask it is given before it attends
+    cache_problem: str | None = None  # why no method can keep a cache layer of its own here
     order: int = 0  # its place among the modules patched together
     problem: str | None = None  # why no method can sit here
 
@@ -51,11 +57,6 @@ class Site:
         return self.weight.device if self.weight is not None else torch.device("cpu")
 
 
-def forward_function(module: nn.Module) -> Callable[..., Any]:
-    """The module's own forward, without decorators, hooks or accelerate's wrapper."""
-    return inspect.unwrap(type(module).forward)
-
-
 def speaks_interface(module: nn.Module) -> bool:
     """Whether this module hands q, k, v to transformers' attention table."""
     code = getattr(forward_function(module), "__code__", None)
@@ -67,9 +68,10 @@ def find_sites(model: nn.Module) -> list[Site]:
     from .families import diffusers
 
     sites, reached = [], 0
+    caches: dict[int, list[Any]] = {}
     for name, module in model.named_modules():
         if speaks_interface(module) and getattr(module, "config", None) is not None:
-            sites.append(_interface_site(name, module))
+            sites.append(_interface_site(name, module, caches))
         elif (site := diffusers.site(name, module, getattr(model, "config", None), reached)) is not None:
             sites.append(site)
             reached += site.problem is None
@@ -82,42 +84,120 @@ def default_sites(sites: Sequence[Site]) -> list[Site]:
     return [site for site in usable if site.causal] or usable
 
 
-def _interface_site(name: str, module: nn.Module) -> Site:
-    config = module.config
-    head_dim = _first_int(module, "head_dim", "attention_head_size", "head_size", "v_head_dim") or _first_int(config, "head_dim")
-    heads = _first_int(module, "num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads_total")
-    heads = heads or _first_int(config, "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
-    hidden = _first_int(module, "hidden_size", "embed_dim") or _first_int(config, "hidden_size", "n_embd", "d_model")
-    query = next((getattr(module, key) for key in ("q_proj", "query", "q") if hasattr(module, key)), None)
-    query_weight = getattr(query, "weight", None)
-    if head_dim and isinstance(query, nn.Linear) and query.out_features % head_dim == 0:
-        heads = query.out_features // head_dim
-    if isinstance(query, nn.Linear) and query_weight is not None:
-        hidden = query.in_features
-    if not head_dim and heads and hidden:
-        head_dim = hidden // heads
-    groups = _first_int(module, "num_key_value_groups") or 1
-    kv_heads = (heads // groups) if heads else 0
-    causal = bool(getattr(module, "is_causal", False))
+def _interface_site(name: str, module: nn.Module, caches: dict[int, list[Any]]) -> Site:
     layer_idx = getattr(module, "layer_idx", None)
-    window = getattr(module, "sliding_window", None)
-    if window is None and "sliding_window" in forward_function(module).__code__.co_consts:
-        window = None if _layer_type(module, config) == "full_attention" else getattr(config, "sliding_window", None)
+    config = _layer_config(module.config, layer_idx)
+    heads, kv_heads, head_dim, hidden_size = _shapes(module, config)
+    reading = read_forward(forward_function(module))
+    layer = _cache_layer(module.config, layer_idx, caches)
+    cross = _is_cross(name, module)
     return Site(
         name=name,
         module=module,
         family="interface",
-        config=config,
+        config=module.config,
         layer_idx=layer_idx,
-        heads=heads or 0,
+        heads=heads,
         kv_heads=kv_heads,
-        head_dim=_first_int(module, "v_head_dim") or head_dim or 0,
-        hidden_size=hidden or 0,
-        causal=causal,
-        window=window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else None,
+        head_dim=head_dim,
+        hidden_size=hidden_size,
+        causal=_causal(module),
+        window=_window(module, config, layer),
         position_bias="position_bias" in forward_function(module).__code__.co_varnames,
-        problem=_problem(module),
+        pieces=reading.calls > 1,
+        cache_index=layer_idx if reading.own_index and not cross and isinstance(layer_idx, int) else None,
+        draws_mask=reading.draws_mask,
+        cache_problem=_cache_problem(reading, layer),
+        problem="cross-attention: its keys come from another sequence" if cross else _problem(module, reading),
     )
+
+
+def _layer_config(config: Any, layer_idx: Any) -> Any:
+    """The config of one layer, where a model's layers differ in more than their type."""
+    if not getattr(config, "is_heterogeneous", False) or not isinstance(layer_idx, int):
+        return config
+    return config.per_layer_config[min(layer_idx, config.num_hidden_layers - 1)]
+
+
+def _shapes(module: nn.Module, config: Any) -> tuple[int, int, int, int]:
+    """Query heads, key/value heads, size of a value head, and hidden size; 0 for what cannot be told.
+
+    The output projection is asked first: its input is what the heads give together, also where the query
+    projection holds gates besides or where keys and values differ in size.
+    """
+    heads = _first_int(module, "num_heads", "num_attention_heads", "n_heads", "n_head")
+    head_dim = _first_int(module, "v_head_dim", "head_dim", "attention_head_size", "head_size")
+    width = _width(module, *OUTPUT_PROJECTIONS)
+    if not heads and head_dim and width and width % head_dim == 0:
+        heads = width // head_dim
+    heads = heads or _first_int(config, "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads") or 0
+    hidden = _width(module, "q_proj", "query", "q", "qkv_proj", "c_attn")
+    hidden = hidden or _first_int(module, "hidden_size", "embed_dim")
+    hidden = hidden or _first_int(config, "hidden_size", "n_embd", "d_model") or 0
+    if heads and width and width % heads == 0:
+        head_dim = width // heads
+    elif not head_dim:
+        head_dim = _first_int(config, "head_dim") or (hidden // heads if heads else 0)
+    return heads, heads // (_first_int(module, "num_key_value_groups") or 1), head_dim, hidden
+
+
+def _width(module: nn.Module, *names: str) -> int | None:
+    """How many features the first of these projections takes, also wrapped by PEFT or a quantizer."""
+    for projection in (getattr(module, name) for name in names if hasattr(module, name)):
+        if hasattr(projection, "nf"):  # GPT-2's, stored transposed
+            return int(projection.weight.shape[0])
+        if (size := _first_int(projection, "in_features")) is not None:
+            return size
+    return None
+
+
+def _causal(module: nn.Module) -> bool:
+    causal = getattr(module, "is_causal", None)
+    if causal is None:  # what transformers assumes, but for encoders that never say so
+        return getattr(module, "layer_idx", None) is not None
+    return bool(causal or getattr(module, "is_decoder", False))
+
+
+def _cache_layer(config: Any, layer_idx: Any, caches: dict[int, list[Any]]) -> Any:
+    """The layer that transformers' own cache has for this module, or None."""
+    if not isinstance(layer_idx, int):
+        return None
+    if id(config) not in caches:
+        from transformers import DynamicCache
+
+        try:
+            caches[id(config)] = DynamicCache(config=config).layers
+        except Exception:  # configs without a decoder say so in as many ways as there are
+            caches[id(config)] = []
+    layers = caches[id(config)]
+    return layers[layer_idx] if layer_idx < len(layers) else None
+
+
+def _window(module: nn.Module, config: Any, layer: Any) -> int | None:
+    window = getattr(module, "sliding_window", None)
+    if window is None and "sliding_window" in forward_function(module).__code__.co_consts:
+        window = None if _layer_type(module, config) == "full_attention" else getattr(config, "sliding_window", None)
+    cached = getattr(layer, "sliding_window", None)  # for modules that are not told: a window, or the size of a chunk
+    if window is None and cached != getattr(config, "attention_chunk_size", None):
+        window = cached
+    return window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else None
+
+
+def _cache_problem(reading: Reading, layer: Any) -> str | None:
+    if reading.draws_mask:
+        return "it draws its mask from all keys, so none of them can be dropped"
+    if reading.calls > 1:
+        return "one forward calls the attention several times"
+    if not reading.own_index:
+        return "it keeps its keys at another place in the cache than its layer_idx"
+    kind = type(layer).__name__
+    if layer is None or kind == "DynamicLayer":
+        return None
+    if kind == "DummyLayer":
+        return "this layer shares its keys and values with another"
+    if kind == "DynamicSlidingWindowLayer":
+        return f"this layer sees a window or chunk of {layer.sliding_window} tokens only"
+    return f"its layer of the cache is a {kind}, which holds more than keys and values"
 
 
 def _layer_type(module: nn.Module, config: Any) -> str | None:
@@ -128,14 +208,21 @@ def _layer_type(module: nn.Module, config: Any) -> str | None:
     return own
 
 
-def _problem(module: nn.Module) -> str | None:
-    if getattr(module, "is_cross_attention", False):
-        return "cross-attention: its keys come from another sequence"
+def _is_cross(name: str, module: nn.Module) -> bool:
+    place = name.rpartition(".")[2].lower()
+    return bool(
+        getattr(module, "is_cross_attention", False)
+        or "cross" in type(module).__name__.lower()
+        or re.search(r"cross|^enc(oder)?_(attn|attention)$|encdec", place)
+    )
+
+
+def _problem(module: nn.Module, reading: Reading) -> str | None:
     parameters = inspect.signature(forward_function(module)).parameters
     if "hidden_states" not in parameters and "x" not in parameters and len(parameters) < 2:
         return "its forward takes no hidden states"
-    if "cross" in type(module).__name__.lower():
-        return "cross-attention: its keys come from another sequence"
+    if "block_indices" in reading.keywords:
+        return "it picks blocks of keys by an indexer of its own and hands them to the attention"
     return None
 
 
@@ -160,7 +247,9 @@ def select(sites: Sequence[Site], selector: Any) -> list[Site]:
     if isinstance(selector, int) and not isinstance(selector, bool):
         return [_at(layers, selector)]
     if not isinstance(selector, str):
-        raise TypeError(f"layers: {selector!r} is no selector; give an index, a list, or a text such as '0-11' or 'even'")
+        raise TypeError(
+            f"layers: {selector!r} is no selector; give an index, a list, or a text such as '0-11' or 'even'"
+        )
     text = selector.strip()
     if text in ("all", "default"):
         return list(layers)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..context import Attachment, AttentionContext
+from ..masks import Given
 from ..method import Method
 from ..sites import Site, _first_int
 
@@ -349,7 +350,7 @@ def _attention(
     attachment.context = None
     given = {**dict(zip(OPTIONS, args, strict=False)), **kwargs}
     ctx.q, ctx.k, ctx.v = (x.transpose(1, 2) if dispatched else x for x in (query, key, value))
-    ctx._given_mask = _four_dimensional(given.get("attn_mask"), dispatched, ctx)
+    ctx._given = Given(_four_dimensional(given.get("attn_mask"), dispatched, ctx))
     ctx.kwargs = {
         "scaling": given.get("scale"),
         "dropout": given.get("dropout_p", 0.0),

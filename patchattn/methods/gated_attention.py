@@ -98,6 +98,8 @@ class GatedAttention(Method):
     def unfit(cls, site: Site, config: MethodConfig) -> str | None:
         if not (site.heads and site.head_dim and site.hidden_size):
             return "its number of heads, head size or hidden size could not be read from the module"
+        if site.pieces:
+            return "one forward calls the attention several times, so its output does not belong to one input"
         return None
 
     def build(self, site: Site) -> None:
