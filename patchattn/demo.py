@@ -78,7 +78,8 @@ class Demo(Report):
             difference = f"{row.difference:.1e}" if row.difference else "0"
             add_row(rows, row.method, f"{row.bytes:,} bytes", f"{row.bytes / base.bytes:.1%}", difference,
                     f"{1000 * row.seconds:.2f} ms")  # fmt: skip
-        lines = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
+        lines = [f"A decoded token: the fastest of {TIMED_TOKENS}, on this machine as busy as it was."]
+        lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         lines += [f"{'✓' if check.passed else '✗'} {check.says}{f': {check.detail}' if check.detail else ''}"
                   for check in self.checks]  # fmt: skip
         return [rows, "\n".join(lines)]

@@ -71,7 +71,7 @@ class Explanation(Report):
         return {**super().to_dict(), "cache_bytes": self.cache_bytes, "dense_bytes": self.dense_bytes}
 
     def parts(self) -> list[RenderableType]:
-        columns = ("attention", "methods", "calls", "ran", "cache", "tokens", "bytes", "if dense", "the method says")
+        columns = ("attention", "methods", "calls", "ran", "cache", "tokens", "bytes each", "if dense", "says")
         rows = table(*columns, title=self.model)
         for names, layer in grouped(self.layers, all_but_name):
             what = " over ".join(method["method"] for method in layer.methods)

@@ -19,6 +19,7 @@ AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
     "AutoModel",
 )
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*")
 
 
 def load_model(
@@ -64,6 +65,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
     """The tokenizer beside a model, or None where there is none."""
     from transformers import AutoTokenizer
 
+    # Some releases make up an empty tokenizer where there is none, so a folder is looked into first.
+    folder = Path(name)
+    if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        return None
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError, KeyError):
