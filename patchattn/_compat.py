@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+
+_SIZES_TAKE_POSITIONS = "cache_position" in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters  # before 5.4
+
+
+def key_offset(layer: Any, queries: int) -> Any:
+    """The position of the first key that a cache layer holds in a call of so many queries."""
+    return layer.get_mask_sizes(torch.arange(queries) if _SIZES_TAKE_POSITIONS else queries)[1]
 
 
 def registered_mask(

@@ -481,11 +481,11 @@ def _note_cache(ctx: AttentionContext, attachment: Attachment, cache: Any) -> No
     past = layer.get_seq_length()
     if isinstance(past, Tensor):
         ctx.past_length, ctx.static = past.clone(), True  # `update` counts on in place
-        ctx.key_offset = layer.get_mask_sizes(queries)[1]
+        ctx.key_offset = _compat.key_offset(layer, queries)
     else:
         ctx.past_length = past
         if getattr(layer, "is_sliding", False):
-            ctx.key_offset = layer.get_mask_sizes(queries)[1]
+            ctx.key_offset = _compat.key_offset(layer, queries)
         ctx.static = getattr(layer, "max_cache_len", None) is not None
     if own is not None:
         if not attachment.methods:
