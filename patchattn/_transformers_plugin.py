@@ -52,6 +52,7 @@ class PatchedCheckpointReader(HfQuantizer):
 
         opening.after_weights(model, self.description, self.file)
         self.remove_quantization_config(model)
+        opening.forget(model, "quantization_config")
         model.__dict__.pop("is_quantized", None)
         for module in model.modules():
             getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)

@@ -57,11 +57,16 @@ def after_weights(model: Any, description: Mapping[str, Any], file: Path | None)
             for name, tensor in patch_state(model).items():
                 if tensor.device.type != "meta":  # offloaded: the loader has put it where it belongs
                     tensor.data.copy_(tensors.get_tensor(saved[name]))
-    config = model.config
-    config.__dict__.pop("patchattn", None)
-    config.__dict__.pop("auto_map", None)
+    forget(model, "patchattn", "auto_map")
     if "auto_map" in description:
-        config.auto_map = dict(description["auto_map"])
+        model.config.auto_map = dict(description["auto_map"])
+
+
+def forget(model: Any, *fields: str) -> None:
+    """Take fields out of a model's config, and out of the one that comes back when it is unpatched."""
+    for config in (model.config, *(made.old for made in record_of(model).configs)):
+        for field in fields:
+            config.__dict__.pop(field, None)
 
 
 def opener(name: str) -> type:

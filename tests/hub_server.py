@@ -76,7 +76,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.breaks_at: str | None = None  # a part of the path whose requests are answered by an error
+        self.breaks_at: list[str] = []  # requests whose path contains one of these are answered by an error
         self.lock = threading.Lock()
 
     def __enter__(self) -> HubServer:
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
             try:
-                if self.hub.breaks_at is not None and self.hub.breaks_at in path:
+                if any(part in path for part in self.hub.breaks_at):
                     raise Refusal(400, "the server broke off")
                 for verb, pattern, action in ROUTES:
                     match = re.fullmatch(pattern, path)
@@ -302,6 +302,12 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         return {"branches": refs, "tags": [], "converts": []}, {}
 
+    def commits(self, repo: str, revision: str) -> Any:
+        self._commit(repo, revision)
+        history = reversed(self._repository(repo).commits.items())
+        return [{"id": name, "title": commit.message, "message": "", "date": "2026-01-01T00:00:00.000Z",
+                 "authors": [{"user": USER}]} for name, commit in history], {}  # fmt: skip
+
     def resolve(self, repo: str, revision: str, path: str) -> Any:
         name, commit = self._commit(repo, revision)
         if path not in commit.files:
@@ -321,6 +327,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("GET", f"/api/models/{NAME}/revision/(?P<revision>.+)", _Handler.info),
     ("GET", f"/api/models/{NAME}/tree/(?P<revision>[^/]+)", _Handler.tree),
     ("GET", f"/api/models/{NAME}/refs", _Handler.refs),
+    ("GET", f"/api/models/{NAME}/commits/(?P<revision>[^/]+)", _Handler.commits),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]+)", _Handler.store),
     ("POST", "/lfs/(?P<oid>[0-9a-f]+)/verify", _Handler.verify),
