@@ -2,12 +2,14 @@
 
 import io
 import re
+import shlex
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from patchattn import catalog, method
+from patchattn import catalog, cli, method
 from patchattn.method import builtin_names, method_class
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +17,14 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Python in a fence, or in a comment where the reader has the objects already; with what it prints, if that is shown.
 BLOCK = re.compile(r"^(?:```|<!-- )python\n(.*?)^(?:```|-->)\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 INCLUDED = re.compile(r"<!-- include: (\S+) -->\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)")
+
+
+@pytest.fixture(autouse=True)
+def shipped_methods_only(monkeypatch):
+    """What other tests register does not count here."""
+    monkeypatch.setattr(method, "_REGISTERED", {name: method_class(name) for name in builtin_names()})
 
 
 def names(paths):
@@ -31,13 +40,12 @@ def tidy(text):
 
 
 WITH_CODE = [document for document in DOCUMENTS if blocks(document)]
+WITH_COMMANDS = [document for document in DOCUMENTS if COMMANDS.search(document.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("document", WITH_CODE, ids=names(WITH_CODE))
 def test_every_block_runs_and_prints_what_the_document_shows(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = {name: method_class(name) for name in builtin_names()}
-    monkeypatch.setattr(method, "_REGISTERED", shipped)  # and not what another test, or a document, registers
     scope = {"__name__": "__main__"}
     for code, shown in blocks(document):
         out = io.StringIO()
@@ -45,6 +53,19 @@ def test_every_block_runs_and_prints_what_the_document_shows(document, tmp_path,
             exec(compile(code, str(document), "exec"), scope)
         if shown is not None:
             assert tidy(out.getvalue()) == tidy(shown), f"after\n{code}"
+
+
+@pytest.mark.parametrize("document", WITH_COMMANDS, ids=names(WITH_COMMANDS))
+def test_every_command_runs(document, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for code, _ in blocks(document):
+        exec(compile(code, str(document), "exec"), {"__name__": "__main__"})
+    for line in "".join(COMMANDS.findall(document.read_text(encoding="utf-8"))).splitlines():
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code, f"{line}\n{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names(DOCUMENTS))

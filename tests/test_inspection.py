@@ -26,11 +26,18 @@ from transformers import (
 )
 
 import patchattn
+from patchattn import method
 from patchattn.inspection import inspect
 from patchattn.tables import grouped, names_text
 from patchattn.testing import snapshot
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=61)
+
+
+@pytest.fixture(autouse=True)
+def shipped_methods_only(monkeypatch):
+    """What other tests register does not count here."""
+    monkeypatch.setattr(method, "_REGISTERED", {name: method.method_class(name) for name in method.builtin_names()})
 
 
 def llama(layers=4, **changes):
