@@ -130,6 +130,12 @@ def _patch(model: Model, what: Any, layers: Any, check: Callable[[dict[str, Tens
             "q, k, v to transformers' AttentionInterface (as remote code and older modelling files do not) and "
             "none is a diffusers Attention; patchattn.inspect(model) lists what was looked at"
         )
+    for site in sites:
+        if site.family == "interface" and str(site.config._attn_implementation).startswith(IMPLEMENTATION):
+            raise ValueError(
+                f"{site.name} has the config of a patched model; make this one from a config that was never patched, "
+                "or unpatch the other first"
+            )
     plan = _resolve(sites, _as_plan(what, layers))
     ready: list[tuple[Site, list[Method]]] = []
     for _, chosen, methods in plan:
@@ -186,7 +192,9 @@ def _resolve(sites: Sequence[Site], plan: Sequence[tuple[Any, list[Method], bool
             raise ValueError(f"{name}{more} cannot take {methods[0].name}: {reason}")
         chosen = [site for site in chosen if site.name not in reasons]
         if not chosen:
-            raise ValueError("there is no attention module left to patch; patchattn.inspect(model) says why")
+            problems = [f"; {site.name}: {site.problem}" for site in sites if site.problem is not None][:1]
+            raise ValueError("there is no attention module left to patch" + "".join(problems)
+                             + "; patchattn.inspect(model) says it of each")  # fmt: skip
         for site in chosen:
             if site.name in taken:
                 raise ValueError(
