@@ -9,7 +9,6 @@ A method that does not fit a family (see `Method.unfit`) must say so and leave t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import tempfile
 import time
@@ -319,15 +318,10 @@ def check_training_mode_and_checkpointing(setup: Setup) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = setup.patched().train()
-        if checkpointing:
-            if not getattr(
-                model, "supports_gradient_checkpointing", getattr(model, "_supports_gradient_checkpointing", False)
-            ):
-                return
-            with contextlib.suppress(TypeError):
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if hasattr(model, "enable_gradient_checkpointing"):
-                model.enable_gradient_checkpointing()
+        if checkpointing and hasattr(model, "gradient_checkpointing_enable"):  # transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif checkpointing:  # diffusers
+            model.enable_gradient_checkpointing()
         options = {"use_cache": False} if setup.family.decoder else {}
         setup.run(model, setup.inputs, **options).float().square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

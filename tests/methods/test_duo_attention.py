@@ -1,0 +1,198 @@
+"""DuoAttention: patterns, identification, what the two prefill rules compute."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import patchattn
+from patchattn import duo
+from patchattn.testing import TEXT, snapshot
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**TEXT, **changes})).eval()
+
+
+def tokens(rows=2, length=30):
+    return torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+def test_everything_in_the_window_is_dense_attention():
+    model, ids = llama(), tokens()
+    wanted = model(ids).logits
+    for heads, sink, recent in ((0.5, 0, 30), (0.0, 30, 1), (0.0, 12, 18), (1.0, 0, 1)):
+        patchattn.patch(model, patchattn.DuoAttention(heads=heads, sink=sink, recent=recent))
+        torch.testing.assert_close(model(ids).logits, wanted, atol=1e-5, rtol=0)
+        patchattn.unpatch(model)
+
+
+def test_a_pattern_is_read_row_by_row_for_the_layers_patched():
+    pattern = [[1, 0], [0, 1], [1, 1]]
+    model = patchattn.patch(llama(), patchattn.DuoAttention(heads=pattern, sink=2, recent=5), layers="1-2")
+    rows = [list(map(int, layer.self_attn.patchattn[0].full)) for layer in model.model.layers[1:]]
+    assert rows == pattern[1:]
+    short = patchattn.patch(llama(), patchattn.DuoAttention(heads=pattern[1:], sink=2, recent=5), layers="1-2")
+    assert [list(map(int, layer.self_attn.patchattn[0].full)) for layer in short.model.layers[1:]] == pattern[1:]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tsv", "json", "tensor", "numpy"])
+def test_published_patterns_are_read_in_every_form(kind, tmp_path):
+    gates = torch.tensor([[0.9, 0.1], [-0.2, 1.3], [0.7, 0.4]])
+    folder = duo.save_pattern(tmp_path / "pattern", gates, sink=128, recent=256)
+    assert duo.load_settings(folder) == {"sink": 128, "recent": 256}
+    (tmp_path / "p.json").write_text(json.dumps({"heads": gates.tolist()}))
+    heads = {
+        "folder": folder,
+        "tsv": folder / duo.PATTERN_FILE,
+        "json": tmp_path / "p.json",
+        "tensor": gates,
+        "numpy": gates.numpy(),
+    }[kind]
+    model = patchattn.patch(llama(), patchattn.DuoAttention(heads=heads, share=0.5, sink=2, recent=5))
+    assert [list(map(int, layer.self_attn.patchattn[0].full)) for layer in model.model.layers] == [
+        [1, 0],
+        [0, 1],
+        [1, 0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("0.1\t0.2\n0.3", "a.tsv", "its 2 lines must be equally long"),
+        ("0.1\tx", "a.tsv", "could not convert string to float: 'x'"),
+        ("", "a.tsv", "equally long and not empty"),
+        ('{"gates": 1}', "a.json", "is no pattern: 'heads'"),
+    ],
+)
+def test_a_broken_pattern_file_is_refused_by_name(text, name, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        duo.load_pattern(tmp_path / name)
+
+
+def test_ties_go_to_the_lower_layer_and_head():
+    assert duo.binarise([[0.5, 0.5], [0.5, 0.5]], 0.5) == [[1, 1], [0, 0]]
+    assert duo.binarise([[0.1, 0.9], [0.9, 0.1]], 0.25) == [[0, 1], [0, 0]]
+    assert duo.binarise([[0.1, 0.9]], 0.0) == [[0, 0]] and duo.binarise([[0.1, 0.9]], 1.0) == [[1, 1]]
+
+
+def test_a_share_is_spread_over_the_layers():
+    assert duo.spread(0.5, [4, 4]) == [[1, 1, 0, 0]] * 2
+    assert duo.spread(0.25, [2, 2, 2, 2]) == [[1, 0], [0, 0], [1, 0], [0, 0]]
+    assert sum(map(sum, duo.spread(1 / 3, [8] * 32))) == round(8 * 32 / 3)
+    assert duo.spread(0.0, [3]) == [[0, 0, 0]] and duo.spread(1.0, [3]) == [[1, 1, 1]]
+
+
+def test_the_published_prefill_depends_on_how_the_prompt_is_cut_and_ours_does_not():
+    model, ids = llama(), tokens()
+
+    def last(prefill, chunks):
+        patchattn.patch(model, patchattn.DuoAttention(heads=0.0, sink=2, recent=5, prefill=prefill))
+        cache, done = DynamicCache(config=model.config), 0
+        for chunk in chunks:
+            logits = model(ids[:, done : done + chunk], past_key_values=cache).logits[:, -1]
+            done += chunk
+        patchattn.unpatch(model)
+        return logits
+
+    torch.testing.assert_close(last("exact", [30]), last("exact", [10, 10, 10]), atol=1e-5, rtol=0)
+    assert (last("chunked", [30]) - last("chunked", [10, 10, 10])).abs().max() > 1e-3
+
+
+def test_sliding_layers_keep_their_own_window():
+    with pytest.raises(ValueError, match="already has a sliding window of 7 tokens"):
+        patchattn.patch(MistralForCausalLM(MistralConfig(**TEXT, sliding_window=7)), patchattn.DuoAttention())
+
+
+def test_identification_keeps_the_heads_that_matter_and_leaves_the_model_as_it_was():
+    model = llama(num_hidden_layers=2)
+    for layer in model.model.layers:  # the second KV head (query heads 2 and 3) reaches nobody
+        layer.self_attn.o_proj.weight.data[:, 16:] = 0
+        layer.self_attn.o_proj.weight.data[:, :16] *= 40
+    before, requires = snapshot(model), [p.requires_grad for p in model.parameters()]
+    ids = tokens(1, 40)
+    labels = ids.clone()
+    labels[:, :20] = -100
+    steps = []
+    gates = duo.identify(model, [(ids, labels)] * 25, steps=25, rate=0.1, sink=1, recent=2, on_step=steps.append)
+    assert gates.shape == (2, 2)
+    assert (gates[:, 0] > gates[:, 1] + 0.3).all(), gates
+    assert len(steps) == 25 and steps[-1].penalty < steps[0].penalty
+    assert snapshot(model) == before and [p.requires_grad for p in model.parameters()] == requires
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_identification_unpatches_also_when_a_step_fails():
+    model = llama(num_hidden_layers=1)
+    before = snapshot(model)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    ids = tokens(1, 10)
+    with pytest.raises(KeyboardInterrupt):
+        duo.identify(model, [(ids, ids)], steps=5, on_step=stop)
+    assert snapshot(model) == before
+
+
+def test_the_students_own_branch_gives_other_gradients():
+    model, ids = llama(num_hidden_layers=2), tokens(1, 20)
+    gradients = []
+    for teacher_branch in (True, False):
+        duo.identify(model, [(ids, ids)], steps=1, sink=1, recent=2, start=0.5, teacher_branch=teacher_branch,
+                     on_step=lambda step: gradients.append(step.gradient))  # fmt: skip
+    # The first layer's student sees what its teacher sees; the second layer's does not.
+    assert not torch.allclose(gradients[0], gradients[1])
+
+
+class Words:
+    """One token a word."""
+
+    bos_token_id = 1
+
+    def __init__(self):
+        self.known = {}
+
+    def encode(self, text, add_special_tokens):
+        assert add_special_tokens is False
+        return [self.known.setdefault(word, len(self.known) + 2) for word in text.replace("\n\n", " <p> ").split()]
+
+
+def test_passkey_batches_hide_passkeys_in_the_text_and_ask_for_them():
+    words = Words()
+    batches = duo.passkey_batches(
+        words, "lorem ipsum dolor " * 50, shortest=60, longest=120, lengths=3, passkeys=2, words=4
+    )
+    lengths = []
+    for _ in range(4):
+        ids, labels = next(batches)
+        assert ids.shape == labels.shape and ids.shape[1] % 16 == 0 and ids[0, 0] == 1
+        answered = labels[0] != -100
+        assert torch.equal(labels[0][answered], ids[0][answered]) and answered.tolist() == sorted(answered.tolist())
+        text, tail = ids[0][~answered].tolist(), ids[0][answered].tolist()
+        names = {index: word for word, index in words.known.items()}
+        keys = [word for word in (names[t] for t in tail) if word in duo.ALPHABET]
+        hidden = [word for word in (names.get(t) for t in text) if word in duo.ALPHABET]
+        assert len(keys) == 8 and hidden == keys
+        lengths.append(ids.shape[1])
+    assert lengths[0] < lengths[1] < lengths[2] and lengths[3] == lengths[0]
+    again = duo.passkey_batches(
+        words, "lorem ipsum dolor " * 50, shortest=60, longest=120, lengths=3, passkeys=2, words=4
+    )
+    first = duo.passkey_batches(
+        words, "lorem ipsum dolor " * 50, shortest=60, longest=120, lengths=3, passkeys=2, words=4
+    )
+    assert torch.equal(next(again)[0], next(first)[0])
+
+
+def test_impossible_passkeys_are_refused():
+    with pytest.raises(ValueError, match="passkeys is 11; it must be 1 to 10"):
+        next(duo.passkey_batches(Words(), "text", passkeys=11))
+    with pytest.raises(ValueError, match="the text has no tokens"):
+        next(duo.passkey_batches(Words(), " "))

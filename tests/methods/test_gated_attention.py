@@ -1,0 +1,95 @@
+"""Gated attention: variants, initialisations, the official layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import patchattn
+from patchattn.methods.gated_attention import ACTIVATIONS, split_official
+from patchattn.testing import TEXT
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 1})).eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"kind": "headwise"}, (4, 32)),
+        ({"kind": "elementwise"}, (32, 32)),
+        ({"kind": "elementwise", "shared": True}, (8, 32)),
+    ],
+)
+def test_a_gate_has_the_parameters_the_paper_gives_it(fields, shape):
+    model = patchattn.patch(llama(), patchattn.GatedAttention(**fields))
+    assert {n.rpartition(".")[2]: tuple(p.shape) for n, p in patchattn.patch_parameters(model).items()} == {
+        "weight": shape,
+        "bias": shape[:1],
+    }
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("kind", "shared"), [("headwise", False), ("elementwise", False), ("elementwise", True)])
+def test_the_gate_multiplies_each_heads_output(activation, kind, shared):
+    model = llama()
+    gated = patchattn.GatedAttention(kind=kind, shared=shared, init="random", activation=activation, bias=False)
+    attention = model.model.layers[0].self_attn
+    seen = {}
+    handle = attention.o_proj.register_forward_pre_hook(lambda m, a: seen.update(out=a[0]))
+    inner = attention.register_forward_pre_hook(lambda m, a, k: seen.update(x=k["hidden_states"]), with_kwargs=True)
+    ids = torch.randint(5, 60, (2, 9))
+    model(ids)
+    plain, x = seen["out"], seen["x"]
+    patchattn.patch(model, gated)
+    model(ids)
+    weight = attention.patchattn[0].weight
+    functions = {
+        "sigmoid": torch.sigmoid,
+        "2sigmoid": lambda z: 2 / (1 + (-z).exp()),
+        "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),
+        "silu": lambda z: z * torch.sigmoid(z),
+    }
+    gate = functions[activation](x @ weight.T)
+    if kind == "headwise":
+        gate = gate.repeat_interleave(8, dim=-1)
+    elif shared:
+        gate = gate.repeat(1, 1, 4)
+    torch.testing.assert_close(seen["out"], plain * gate)
+    handle.remove()
+    inner.remove()
+
+
+def test_the_official_layouts_are_split_into_query_and_gate_rows():
+    heads, kv_heads, head_dim, hidden = 6, 2, 4, 5
+    query, gate = torch.randn(heads * head_dim, hidden), torch.randn(heads * head_dim, hidden)
+    q, g = query.unflatten(0, (heads, head_dim)), gate.unflatten(0, (heads, head_dim))
+    group = heads // kv_heads
+    grouped = torch.cat(
+        [torch.cat([*q[i * group : (i + 1) * group], *g[i * group : (i + 1) * group]]) for i in range(kv_heads)]
+    )
+    per_head = torch.cat([torch.cat([q[h], g[h]]) for h in range(heads)])
+    for packed, layout in ((grouped, "grouped"), (per_head, "per_head")):
+        ours = split_official(packed, heads, kv_heads, head_dim, layout)
+        assert torch.equal(ours[0], query) and torch.equal(ours[1], gate)
+    with pytest.raises(ValueError, match="layout is 'interleaved'; it must be 'grouped' or 'per_head'"):
+        split_official(grouped, heads, kv_heads, head_dim, "interleaved")
+
+
+def test_gate_parameters_are_float32_in_a_half_precision_model():
+    model = patchattn.patch(llama().bfloat16(), patchattn.GatedAttention(init="open"))
+    assert {p.dtype for p in patchattn.patch_parameters(model).values()} == {torch.float32}
+    assert model(torch.randint(5, 60, (1, 6))).logits.dtype == torch.bfloat16
+
+
+def test_the_report_says_how_far_the_gates_are_from_open():
+    model = patchattn.patch(llama(), patchattn.GatedAttention(init="random"))
+    method = model.model.layers[0].self_attn.patchattn[0]
+    assert method.report() == {}
+    method.weight.data.zero_()
+    method.bias.data.copy_(torch.tensor([-9.0, 0.0, 0.0, 9.0]))
+    model(torch.randint(5, 60, (1, 6)))
+    assert method.report() == {"mean gate": 0.5, "share below 0.1": 0.25}
