@@ -217,7 +217,7 @@ def identify(
     attach.patch(model, method)
     try:
         attach.freeze_base(root)
-        gates = list(attach.patch_parameters(model).values())
+        gates: list[Tensor] = list(attach.patch_parameters(model).values())
         for index, gate in enumerate(gates):
             gate.data = gate.data.float()
             gate.data.copy_(
@@ -232,7 +232,8 @@ def identify(
             used = torch.stack([gate.detach().clone() for gate in gates])
             device = gates[0].device
             both, labels = input_ids.to(device).repeat(2, 1), labels.to(device)
-            hidden = root.base_model(input_ids=both, use_cache=False).last_hidden_state
+            base: Any = root.base_model
+            hidden = base(input_ids=both, use_cache=False).last_hidden_state
             distill = distill_loss(hidden, labels)
             size = torch.cat(gates).abs().mean()
             optimizer.zero_grad()

@@ -8,11 +8,13 @@ dtype. Lengths are odd, heads are grouped, rows are padded, and several seeds ar
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +78,10 @@ def run(case: Case, q: Tensor, k: Tensor, v: Tensor, rank: Tensor) -> Tensor:
     return sink_window(q, k[:, :, cut:], v[:, :, cut:], rank[:, cut:], sink=case.sink, recent=case.recent, past=past)
 
 
+def _rows(keep: Tensor, first: int, last: int) -> Tensor:
+    return keep[:, :, first:last]
+
+
 def relative(ours: Tensor, wanted: Tensor) -> float:
     return ((ours.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
 
@@ -86,27 +92,25 @@ def checks(device: str, dtypes: tuple[torch.dtype, ...], seeds: int) -> Iterator
         q, k, v, rank = (x.to(dtype) if x.is_floating_point() else x for x in inputs(case, seed, device))
         keep = visible(rank[:, case.past :], rank, case.sink, case.recent)
         real = (rank[:, case.past :] >= 0)[:, None, :, None]
-        leaves = [[x.detach().clone().requires_grad_() for x in (q, k, v)] for _ in range(3)]
-        wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        wanted = exact(*wide, keep) * real
-        outs = [
-            run(case, *leaves[0], rank) * real,
-            functional.scaled_dot_product_attention(*leaves[1], attn_mask=keep, enable_gqa=True) * real,
-        ]
+        mine, peers, wide = (tuple(x.detach().to(t).clone().requires_grad_() for x in (q, k, v))
+                             for t in (dtype, dtype, torch.float64))  # fmt: skip
+        wanted = exact(wide[0], wide[1], wide[2], keep) * real
+        peer = functional.scaled_dot_product_attention(peers[0], peers[1], peers[2], keep, enable_gqa=True)
+        outs = [run(case, mine[0], mine[1], mine[2], rank) * real, peer * real]
         upstream = torch.randn(wanted.shape, device=device, generator=torch.Generator(device).manual_seed(seed + 100))
         for out in outs:
             out.backward(upstream.to(out.dtype))
         wanted.backward(upstream.double())
-        pairs = {"forward": (outs[0], outs[1], wanted)}
-        pairs |= {f"d{name}": (leaves[0][i].grad, leaves[1][i].grad, wide[i].grad) for i, name in enumerate("qkv")}
-        for name, (ours, peer, truth) in pairs.items():
-            error, allowed = relative(ours, truth), 2 * relative(peer, truth) + 1e-6
+        pairs: dict[str, tuple[Any, Any, Any]] = {"forward": (outs[0], outs[1], wanted)}
+        pairs |= {f"d{name}": (mine[i].grad, peers[i].grad, wide[i].grad) for i, name in enumerate("qkv")}
+        for name, (ours, theirs, truth) in pairs.items():
+            error, allowed = relative(ours, truth), 2 * relative(theirs, truth) + 1e-6
             finite = bool(ours.isfinite().all())
             yield {"primitive": "sink_window", "case": str(case), "dtype": str(dtype), "seed": seed, "what": name,
                    "error": error, "allowed": allowed, "ok": finite and error <= allowed}  # fmt: skip
         # Blocks of queries must change nothing, and a row that reads nothing must give zeros.
         whole = masked_attention(q, k, v, keep)
-        parts = masked_attention(q, k, v, lambda first, last, keep=keep: keep[:, :, first:last])
+        parts = masked_attention(q, k, v, functools.partial(_rows, keep))
         error = relative(parts, whole.double())
         yield {"primitive": "masked_attention", "case": str(case), "dtype": str(dtype), "seed": seed, "what": "blocks",
                "error": error, "allowed": 1e-6, "ok": error <= 1e-6}  # fmt: skip

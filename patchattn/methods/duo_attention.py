@@ -81,10 +81,11 @@ class DuoAttention(Method):
         def resolve(self, sites: Sequence[Site], total_layers: int) -> MethodConfig:
             heads = load_pattern(self.heads) if isinstance(self.heads, str) else self.heads
             counts = [site.kv_heads for site in sites]
+            rows: list[Any]
             if isinstance(heads, (int, float)):
                 rows = spread(heads, counts)
             else:
-                rows = heads
+                rows = list(heads)
                 if len(rows) == total_layers and all(site.layer_idx is not None for site in sites):
                     rows = [rows[site.layer_idx] for site in sites]  # type: ignore[index]
                 if len(rows) != len(sites):
@@ -156,7 +157,7 @@ class DuoAttention(Method):
         q, k, v = (x.index_select(1, index) for x, index in
                    ((ctx.q, heads.stream_q), (ctx.k, heads.stream_kv), (ctx.v, heads.stream_kv)))  # fmt: skip
         cache, length, options = ctx.cache, q.shape[2], _options(ctx, heads.stream_q)
-        sizes = dict(sink=self.config.sink, recent=self.config.recent)
+        sizes: dict[str, Any] = dict(sink=self.config.sink, recent=self.config.recent)
         chunked = self.config.prefill == "chunked"
         if ctx.mask.dense is not None and length > 1:
             return self._drawn(ctx, q, k, v, options)

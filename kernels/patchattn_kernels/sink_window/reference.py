@@ -7,6 +7,8 @@ changes nothing: the query with rank `i` reads the key with rank `j` if `j <= i`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def sink_window_reference(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    options = dict(scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
+    options: dict[str, Any] = dict(scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
     length = q.shape[2]
     if chunked:
         return _chunked(q, k, v, rank, past, options)
@@ -76,7 +78,7 @@ def _first_tokens(k: Tensor, v: Tensor, rank: Tensor, count: int) -> tuple[Tenso
 
 
 def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, rank: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, options: dict
+    q: Tensor, k: Tensor, v: Tensor, rank: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, options: dict[str, Any]
 ) -> Tensor:
     key_rank = rank
     if past is not None:
