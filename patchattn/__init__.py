@@ -90,5 +90,5 @@ def __dir__() -> list[str]:
 
 
 # Whole patched models open through `from_pretrained` once patchattn is imported; see checkpoint.py.
-after_import("transformers.quantizers.auto", lambda: import_module("patchattn._transformers_plugin"))
-after_import("diffusers.quantizers.auto", lambda: import_module("patchattn._diffusers_plugin"))
+after_import("transformers.quantizers.auto", "patchattn._transformers_plugin")
+after_import("diffusers.quantizers.auto", "patchattn._diffusers_plugin")

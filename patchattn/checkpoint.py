@@ -59,7 +59,12 @@ def undo_saving(root: nn.Module) -> None:
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """As the class's own `save_pretrained`, with the patch; what was in the folder stays if the writing fails."""
+    """As the class's own `save_pretrained`, with the patch; what was in the folder stays if the writing fails.
+
+    Args:
+        results: what was measured, for the model card, as for `patchattn.save`.
+    """
+    results = kwargs.pop("results", None)
     stock = type(model).save_pretrained
     options = inspect.signature(stock).bind(model, save_directory, *args, **kwargs).arguments
     options.update(options.pop("kwargs", {}))
@@ -86,7 +91,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
         options.pop("self")
         with _without_patch(model):
             stock(model, **options)
-        _complete(model, folder, tensors, options.get("variant"), os.fspath(where))
+        _complete(model, folder, tensors, options.get("variant"), os.fspath(where), results)
         keep_foreign_card(folder, Path(where, CARD))
         written = contents(folder)
     if push and written:
@@ -95,11 +100,12 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
 
 def push_to_hub(model: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """As the class's own `push_to_hub`, with the patch and its model card, in one commit."""
+    results = kwargs.pop("results", None)
     options = inspect.signature(type(model).push_to_hub).bind(model, repo_id, *args, **kwargs).arguments
     del options["self"], options["repo_id"]
     tags, hub_options = options.pop("tags", None), _hub_options(options)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, **options)
+        save_pretrained(model, folder, **options, results=results)
         if tags:
             _tag(Path(folder, CARD), [tags] if isinstance(tags, str) else tags)
         return _push(model, repo_id, folder, contents(folder), options.get("variant"), **hub_options)
@@ -141,16 +147,18 @@ def _without_patch(model: nn.Module) -> Iterator[None]:
             module._modules["patchattn"] = patch
 
 
-def _complete(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], variant: str | None, where: str) -> None:
+def _complete(
+    model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], variant: str | None, where: str, results: Any
+) -> None:
     """Add the patch to a checkpoint that was just written."""
     config = folder / "config.json"
     adapters = [file for file in folder.iterdir() if file.name.startswith("adapter_")]
     if adapters:  # transformers' own LoRA integration writes the adapter alone, so we write the patch alone
-        hub.write_patch(model, folder, None, where)
+        hub.write_patch(model, folder, results, where)
         return
     if not config.is_file():  # not the main process
         return
-    description, values = describe(model), json.loads(config.read_text(encoding="utf-8"))
+    description, values = describe(model, results), json.loads(config.read_text(encoding="utf-8"))
     quantized = bool(values.get("quantization_config"))
     if values.get("auto_map"):
         description["auto_map"] = values["auto_map"]

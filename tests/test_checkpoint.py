@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,21 @@ def test_variants_stand_side_by_side(tmp_path):
     again = open_(tmp_path, dtype=torch.float32)
     assert all(torch.equal(tensor, wide[name]) for name, tensor in again.state_dict().items())
     assert_same_state(open_(tmp_path, variant="fp16", dtype=torch.float16), model)
+
+
+def test_the_attention_asked_for_is_the_one_inside(tmp_path):
+    setup, model = written(tmp_path)
+    opened = open_(tmp_path, attn_implementation="eager")
+    assert torch.allclose(setup.run(opened, setup.inputs), setup.run(model, setup.inputs), atol=1e-5)
+    assert patchattn.unpatch(opened).config._attn_implementation == "eager"
+
+
+def test_a_compiled_model_saves_what_is_inside(tmp_path):
+    setup = setup_of()
+    model = setup.patched()
+    torch.compile(model).save_pretrained(tmp_path, results={"loss": 1.5})
+    assert_same_state(open_(tmp_path), model)
+    assert "| loss | 1.5 |" in (tmp_path / "README.md").read_text()
 
 
 # ---- names that the loader would change ----------------------------------------------------------------------
@@ -609,6 +625,32 @@ importlib.reload(auto)
     assert first == "[]"
     assert second == "['diffusers.quantizers.auto', 'transformers.quantizers.auto'] True True"
     assert third == "['diffusers.quantizers.auto'] True"
+
+
+def test_a_module_is_imported_after_another_once_and_its_failure_is_only_a_warning(tmp_path, monkeypatch):
+    from patchattn._lazy import after_import
+
+    (tmp_path / "first_one.py").write_text("value = 1\n")
+    (tmp_path / "then_one.py").write_text("import first_one\nfirst_one.value += 1\n")
+    (tmp_path / "first_two.py").write_text("value = 1\n")
+    (tmp_path / "then_two.py").write_text("from first_two import missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = list(sys.meta_path)
+    for _ in range(2):
+        after_import("first_one", "then_one")
+    after_import("first_two", "then_two")
+    assert len(sys.meta_path) == len(before) + 2
+    import first_one
+
+    assert first_one.value == 2
+    with pytest.warns(
+        RuntimeWarning, match="then_two cannot be used with what is installed: cannot import name 'missing'"
+    ):
+        import first_two
+    assert first_two.value == 1
+    assert sys.meta_path == before
+    with pytest.warns(RuntimeWarning, match="then_two cannot be used"):
+        after_import("first_one", "then_two")
 
 
 def test_the_example_of_the_model_card_runs(checkpoints):
