@@ -26,19 +26,20 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=256, help="tokens in the cache before the timed steps")
     parser.add_argument("--steps", type=int, default=16, help="decode steps in one timed run")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, default=None, help="fail if the median ratio is over this")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=8,
                          num_key_value_heads=4, intermediate_size=4 * args.hidden, vocab_size=8192)  # fmt: skip
-    base = LlamaForCausalLM(config).eval()
-    patched = LlamaForCausalLM(config).eval()
+    base = LlamaForCausalLM(config).eval().to(args.device)
+    patched = LlamaForCausalLM(config).eval().to(args.device)
     patched.load_state_dict(base.state_dict(), assign=True)
     patchattn.patch(patched, "dense")
-    prompt = torch.randint(8192, (1, args.context))
-    token = torch.zeros(1, 1, dtype=torch.long)
-    mask = torch.ones(1, args.context + args.steps, dtype=torch.long)
+    prompt = torch.randint(8192, (1, args.context), device=args.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=args.device)
+    mask = torch.ones(1, args.context + args.steps, dtype=torch.long, device=args.device)
 
     def decode(model: LlamaForCausalLM) -> torch.Tensor:
         cache = caches[id(model)]

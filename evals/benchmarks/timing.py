@@ -12,17 +12,27 @@ from typing import Any
 
 def paired(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
     """Seconds of each side, round by round, in ABBA order."""
+    wait = synchronize()
     for _ in range(warmup):
         for run in sides.values():
             run()
+    wait()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
     for index in range(rounds):
         for name in order if index % 2 == 0 else reversed(order):
             started = time.perf_counter()
             sides[name]()
+            wait()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def synchronize() -> Callable[[], None]:
+    """Wait until the device has done what it was given; nothing to wait for on a CPU."""
+    import torch
+
+    return torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
 def ratio(seconds: dict[str, list[float]], ours: str, base: str) -> tuple[float, float, float]:
