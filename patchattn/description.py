@@ -62,8 +62,10 @@ def _shape(root: nn.Module) -> dict[str, Any]:
     config: Any = getattr(root, "config", None)
     sizes = config.get_text_config() if hasattr(config, "get_text_config") else config
     shape: dict[str, Any] = {"model_type": getattr(config, "model_type", None)}
+    own_names = getattr(sizes, "attribute_map", {})
     for field, names in _SHAPE.items():
-        values = (getattr(sizes, name, None) for name in names)
+        # Not by getattr: a config whose layers differ forbids to ask for what they differ in.
+        values = (getattr(sizes, "__dict__", {}).get(own_names.get(name, name)) for name in names)
         shape[field] = next((value for value in values if isinstance(value, (int, list))), None)
     return shape
 

@@ -38,20 +38,32 @@ def replacing(directory: str | os.PathLike[str], stale: Callable[[str], bool] = 
     folder.mkdir()
     try:
         yield folder
-        if not target.exists():
-            folder.rename(target)
-            return
         written = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        names = {file.relative_to(folder) for file in written}
-        for file in target.iterdir():
-            if file.is_file() and Path(file.name) not in names and stale(file.name):
+        if not written:  # one of several processes, and not the one that writes
+            return
+        if not target.exists():
+            try:
+                folder.rename(target)
+                return
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
+        names = [file.relative_to(folder) for file in written]
+        old = [file for file in target.iterdir() if file.is_file() and stale(file.name)]
+        configs = [name for name in names if name.suffix == ".json"]
+        _move(folder, target, [name for name in names if name not in configs])
+        for file in old:
+            if file.relative_to(target) not in names:
                 file.unlink()
-        for file in sorted(written, key=lambda file: file.suffix == ".json"):  # the configs last
-            place = target / file.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
+        _move(folder, target, configs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(folder: Path, target: Path, names: list[Path]) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).replace(target / name)
 
 
 def keep_foreign_card(folder: Path, existing: Path) -> None:

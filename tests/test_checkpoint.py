@@ -412,6 +412,14 @@ def test_unpatching_takes_saving_back_too(tmp_path):
     assert contents(tmp_path / "unpatched") == contents(tmp_path / "base")
 
 
+def test_a_process_that_is_not_the_main_one_writes_no_patch(tmp_path):
+    setup = setup_of()
+    setup.patched().save_pretrained(tmp_path / "patched", is_main_process=False)
+    setup.base().save_pretrained(tmp_path / "base", is_main_process=False)
+    plain = contents(tmp_path / "base") if (tmp_path / "base").exists() else {}
+    assert (contents(tmp_path / "patched") if (tmp_path / "patched").exists() else {}) == plain
+
+
 def test_what_cannot_be_written_is_refused(tmp_path):
     model = setup_of().patched()
     with pytest.raises(ValueError, match="distributed_checkpoint=True cannot be used on a patched model"):
