@@ -125,11 +125,7 @@ def _patch(model: Model, what: Any, layers: Any, check: Callable[[dict[str, Tens
         )
     sites = find_sites(root)
     if not sites:
-        raise ValueError(
-            f"{type(root).__name__} has no attention module that patchattn can reach: none of its modules hands "
-            "q, k, v to transformers' AttentionInterface (as remote code and older modelling files do not) and "
-            "none is a diffusers Attention; patchattn.inspect(model) lists what was looked at"
-        )
+        raise ValueError(_nothing_to_patch(root))
     for site in sites:
         if site.family == "interface" and str(site.config._attn_implementation).startswith(IMPLEMENTATION):
             raise ValueError(
@@ -157,6 +153,17 @@ def _patch(model: Model, what: Any, layers: Any, check: Callable[[dict[str, Tens
         _remove(root, record)
         raise
     return model
+
+
+def _nothing_to_patch(root: nn.Module) -> str:
+    from .inspection import unreachable
+
+    text = f"{type(root).__name__} has no attention module that patchattn can reach"
+    missed = list(unreachable(root, []))
+    if not missed:
+        return f"{text}: it has no module that is named after attention"
+    more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""
+    return f"{text}: {missed[0].name}{more}, a {missed[0].kind}: {missed[0].reason}"
 
 
 def unpatch(model: Model) -> Model:

@@ -33,6 +33,7 @@ class PatchCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)  # some models look at their size
         self.is_initialized = True
 
     def expect(self) -> None:

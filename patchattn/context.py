@@ -188,11 +188,8 @@ class AttentionContext:
 
     @property
     def causal(self) -> bool:
-        return self._given.causal or self._module_is_causal
-
-    @property
-    def _module_is_causal(self) -> bool:
-        """What the attention functions of transformers take for granted where they are given no mask."""
+        if self._given.causal:
+            return True
         given = self.kwargs.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if given is None else given)
 
@@ -281,7 +278,7 @@ class AttentionContext:
         window = self._given.window
         if window is not None and keys >= window:
             return False
-        return queries == 1 or (queries == keys and base != "eager" and self._module_is_causal)
+        return queries == 1 or (queries == keys and base != "eager")
 
     def _base_mask(self, base: str, queries: int, keys: int, like: Tensor) -> Any:
         given = self._given.mask

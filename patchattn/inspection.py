@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from .attach import IMPLEMENTATION, Patch, attachment_of, patch_of, root_of, unfit
 from .method import Method, as_methods, describe, methods
+from .reading import forward_function
 from .sites import OUTPUT_PROJECTIONS, Site, default_sites, find_sites, speaks_interface
 from .tables import Report, add_row, all_but_name, grouped, names_text, note, setting_text, table
 
@@ -136,7 +138,7 @@ def inspect(model: nn.Module, what: Any = None) -> Inspection:
         base=getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         modules=modules,
         fits=[_fit(sites, method) for method in tried] if sites else [],
-        unreachable=list(_unreachable(root, sites)),
+        unreachable=list(unreachable(root, sites)),
         warnings=list(_warnings(root, modules)),
     )
 
@@ -215,7 +217,7 @@ def _own_gate(module: nn.Module) -> str | None:
     return None
 
 
-def _unreachable(root: nn.Module, sites: Sequence[Site]) -> Iterator[Unreachable]:
+def unreachable(root: nn.Module, sites: Sequence[Site]) -> Iterator[Unreachable]:
     """Sites with a problem, and the innermost modules named after attention that are no site, in none, around none."""
     names = [site.name for site in sites]
     for site in sites:
@@ -237,6 +239,8 @@ def _why_unreachable(module: nn.Module) -> str:
         return "it is recurrent: it keeps a state and has no keys to attend to"
     if "relative_attention_bias" in parts:
         return "it adds a relative position bias in a forward of its own and does not ask AttentionInterface"
+    if {"alibi", "position_bias"} & set(signature(forward_function(module)).parameters):
+        return "it adds a position bias to its scores in a forward of its own and does not ask AttentionInterface"
     if type(module).__module__.startswith("transformers_modules."):
         return "remote code with an attention of its own; use the model's class in transformers if there is one"
     return "its forward computes attention by itself and does not ask AttentionInterface"

@@ -40,8 +40,9 @@ def mask_function(
         given["q_length"] = q_length
     queries = q_length if q_length is not None else kwargs["cache_position"].shape[0]
     config, local = kwargs.get("config"), kwargs.get("local_size")
-    # One token and a static cache: transformers forbids to skip the mask only so that it compiles.
-    static = "cache_position" in kwargs or isinstance(kwargs.get("q_offset"), Tensor)
+    # One token and a static cache (whose sliding layers count in integers): transformers forbids to skip the mask
+    # only so that it compiles.
+    static = "cache_position" in kwargs or isinstance(kwargs.get("q_offset"), Tensor) or local is not None
     may_skip = kwargs.get("allow_is_causal_skip", True) or (queries == 1 and static)
     kv_offset = kwargs.get("kv_offset", 0)
     length: Any = kv_offset + kv_length
@@ -60,7 +61,13 @@ def mask_function(
             return padding[:, None, None, :]
         return padding[:, None, None, kv_offset:length]
     given.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    return sdpa_mask(batch_size, *args, kv_length=kv_length, **given)
+    drawn = sdpa_mask(batch_size, *args, kv_length=kv_length, **given)
+    if drawn is not None and not torch.compiler.is_compiling():
+        # A chunk longer than the text, a prompt without an image: nothing was drawn that is not causal.
+        given.update(mask_function=causal_mask_function, use_vmap=False)
+        if torch.equal(drawn, sdpa_mask(batch_size, *args, kv_length=kv_length, **given)):
+            return _packed(_padding(attention_mask, length), length, None, kwargs)
+    return drawn
 
 
 def _packed(padding: Tensor | None, length: Any, window: int | None, kwargs: dict[str, Any]) -> Tensor:

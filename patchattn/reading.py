@@ -87,7 +87,12 @@ def _computes_with_mask(tree: ast.AST) -> bool:
 
 
 def _takes_new_mask(call: ast.Call, values: dict[str, list[ast.expr]]) -> bool:
-    """Whether the mask of an attention call was computed here; one that is only renamed was not."""
-    given = [keyword.value for keyword in call.keywords if keyword.arg == "attention_mask"] + call.args[4:5]
-    sources = [value for name in given if isinstance(name, ast.Name) for value in values.get(name.id, [])]
-    return any(not isinstance(value, (ast.Name, ast.Constant)) for value in sources)
+    """Whether the mask of an attention call was computed here, or is not the one that transformers makes."""
+    for mask in [keyword.value for keyword in call.keywords if keyword.arg == "attention_mask"] + call.args[4:5]:
+        if isinstance(mask, ast.Name):
+            sources = values.get(mask.id, [])  # one that is only renamed was not computed
+            if any(not isinstance(value, (ast.Name, ast.Constant)) for value in sources):
+                return True
+            if not sources and mask.id not in ("attention_mask", "mask"):
+                return True
+    return False

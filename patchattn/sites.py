@@ -6,7 +6,7 @@ import fnmatch
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,22 @@ def find_sites(model: nn.Module) -> list[Site]:
         elif (site := diffusers.site(name, module, getattr(model, "config", None), reached)) is not None:
             sites.append(site)
             reached += site.problem is None
-    return sites
+    return _with_shared_caches(sites)
+
+
+def _with_shared_caches(sites: list[Site]) -> list[Site]:
+    """Note where two modules keep their keys at the same place, so that neither may keep something else there."""
+    owners: dict[tuple[int, int], list[Site]] = {}
+    for site in sites:
+        if site.cache_index is not None:
+            owners.setdefault((id(site.config), site.cache_index), []).append(site)
+    shared = {id(a): b for same in owners.values() if len(same) > 1 for a, b in zip(same, same[1:] + same[:1])}
+    return [
+        replace(site, cache_problem=f"it shares its place in the cache with {shared[id(site)].name}")
+        if id(site) in shared and site.cache_problem is None
+        else site
+        for site in sites
+    ]
 
 
 def default_sites(sites: Sequence[Site]) -> list[Site]:

@@ -112,10 +112,10 @@ class DuoAttention(Method):
             return "its number of KV heads could not be read from the module"
         if getattr(site.module, "is_kv_shared_layer", False) or getattr(site.module, "store_full_length_kv", False):
             return "this layer shares its keys and values with another"
-        if site.cache_problem is not None:
-            return site.cache_problem
         if site.position_bias:
             return "it adds a position bias to the scores, which a shortened cache cannot"
+        if site.cache_problem is not None:
+            return site.cache_problem
         return None
 
     def build(self, site: Site) -> None:
