@@ -61,6 +61,8 @@ class GatedAttention(Method):
             activation: "sigmoid" (the paper's), "2sigmoid", "ns_sigmoid" (0.5 to 1) or "silu"; "auto" is
                 "2sigmoid" for the identity and "sigmoid" otherwise.
             shared: one gate for all heads instead of one each.
+            static: a learned gate that does not look at the input, instead of x Wg.
+            combine: "multiply" or "add", which adds the gate's value to the head ("auto" activation: "silu").
             bias: whether the gate has a bias.
         """
 
@@ -68,6 +70,8 @@ class GatedAttention(Method):
         init: str = "identity"
         activation: str = "auto"
         shared: bool = False
+        static: bool = False
+        combine: str = "multiply"
         bias: bool = True
 
         INITS: ClassVar[tuple[str, ...]] = ("identity", "open", "random")
@@ -76,20 +80,30 @@ class GatedAttention(Method):
             self._require_choice("kind", ("headwise", "elementwise"))
             self._require_choice("init", self.INITS)
             self._require_choice("activation", ("auto", *ACTIVATIONS))
+            self._require_choice("combine", ("multiply", "add"))
             if self.init == "identity":
-                self._require(self.activation in ("auto", "2sigmoid"), "activation",
-                              "'2sigmoid' with init='identity', since no other is 1 at 0")  # fmt: skip
+                neutral = "2sigmoid" if self.combine == "multiply" else "silu"
+                value = (
+                    "1 at 0, which multiplying needs" if self.combine == "multiply" else "0 at 0, which adding needs"
+                )
+                self._require(self.activation in ("auto", neutral), "activation",
+                              f"{neutral!r} with init='identity', since no other is {value}")  # fmt: skip
             if self.init == "open":
                 self._require(self.bias, "bias", "True with init='open', which lives in the bias")
+                self._require(self.combine == "multiply", "combine", "'multiply' with init='open'")
                 self._require(self.activation not in ("2sigmoid", "silu"), "activation",
                               "'sigmoid' or 'ns_sigmoid' with init='open'")  # fmt: skip
             if self.shared:
                 self._require(self.kind == "elementwise", "kind", "'elementwise' with shared=True")
+            if self.static:
+                self._require(self.bias, "bias", "True with static=True, whose gate is the bias alone")
 
         @property
         def activation_name(self) -> str:
             if self.activation != "auto":
                 return self.activation
+            if self.combine == "add":
+                return "silu"
             return "2sigmoid" if self.init == "identity" else "sigmoid"
 
     config: Config
@@ -106,16 +120,22 @@ class GatedAttention(Method):
         config = self.config
         self.heads, self.head_dim = site.heads, site.head_dim
         self.rows = (1 if config.shared else self.heads) * (self.head_dim if config.kind == "elementwise" else 1)
-        weight = torch.empty(self.rows, site.hidden_size, device=site.device)
-        nn.init.normal_(weight, std=0.02) if config.init == "random" else nn.init.zeros_(weight)
-        self.weight = nn.Parameter(weight)  # [rows, C], float32: steps near 1 are lost in bf16
+        self.weight = None  # [rows, C], float32: steps near 1 are lost in bf16
+        if not config.static:
+            weight = torch.empty(self.rows, site.hidden_size, device=site.device)
+            nn.init.normal_(weight, std=0.02) if config.init == "random" else nn.init.zeros_(weight)
+            self.weight = nn.Parameter(weight)
         bias = torch.full((self.rows,), OPEN_BIAS if config.init == "open" else 0.0, device=site.device)
         self.bias = nn.Parameter(bias) if config.bias else None
 
     def gate(self, hidden_states: Tensor) -> Tensor:
         """The factor on the output: `[B, T, H or 1, D or 1]` in float32."""
         bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
-        logits = functional.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
+        if self.weight is None:
+            assert bias is not None
+            logits = bias.expand(*hidden_states.shape[:2], -1)
+        else:
+            logits = functional.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
         size = self.head_dim if self.config.kind == "elementwise" else 1
         logits = logits.reshape(*logits.shape[:2], -1, size)  # [B, T, H or 1, D or 1]
         return ACTIVATIONS[self.config.activation_name](logits.float())
@@ -125,7 +145,8 @@ class GatedAttention(Method):
         gate = self.gate(ctx.hidden_states)
         if not torch.compiler.is_compiling():
             self._last_gate = gate.detach()
-        return (out.float() * gate).to(out.dtype)
+        mixed = out.float() * gate if self.config.combine == "multiply" else out.float() + gate
+        return mixed.to(out.dtype)
 
     def report(self) -> dict[str, Any]:
         gate = self.__dict__.get("_last_gate")

@@ -63,6 +63,43 @@ def test_the_gate_multiplies_each_heads_output(activation, kind, shared):
     inner.remove()
 
 
+def test_a_static_gate_looks_at_no_input_and_an_added_one_adds():
+    ids = torch.randint(5, 60, (2, 9))
+    for fields in ({"static": True}, {"combine": "add"}, {"static": True, "combine": "add", "kind": "elementwise"}):
+        model = llama()
+        wanted, seen = model(ids).logits, []
+        patchattn.patch(model, patchattn.GatedAttention(**fields))
+        assert torch.equal(model(ids).logits, wanted)  # the identity
+        method = model.model.layers[0].self_attn.patchattn[0]
+        names = {name.rpartition(".")[2] for name in patchattn.patch_parameters(model)}
+        assert names == ({"bias"} if fields.get("static") else {"weight", "bias"})
+        torch.nn.init.normal_(method.bias)
+        inner = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+            lambda m, a, seen=seen: seen.append(a[0])
+        )
+        model(ids)
+        with patchattn.disabled(model):
+            model(ids)
+        inner.remove()
+        z = method.bias if fields.get("kind") == "elementwise" else method.bias.repeat_interleave(8)
+        gated = seen[1] + z * torch.sigmoid(z) if "combine" in fields else seen[1] * 2 * torch.sigmoid(z)
+        torch.testing.assert_close(seen[0], gated)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"combine": "mix"}, "combine is 'mix'; it must be one of 'multiply', 'add'"),
+        ({"combine": "add", "activation": "sigmoid"}, "'silu' with init='identity', since no other is 0 at 0"),
+        ({"combine": "add", "init": "open"}, "combine is 'add'; it must be 'multiply' with init='open'"),
+        ({"static": True, "bias": False}, "bias is False; it must be True with static=True"),
+    ],
+)
+def test_impossible_variants_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        patchattn.GatedAttention(**fields)
+
+
 def test_the_official_layouts_are_split_into_query_and_gate_rows():
     heads, kv_heads, head_dim, hidden = 6, 2, 4, 5
     query, gate = torch.randn(heads * head_dim, hidden), torch.randn(heads * head_dim, hidden)
