@@ -14,5 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_for_every_test(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it in its workers

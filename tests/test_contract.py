@@ -26,9 +26,10 @@ def setups():
             setup = testing.Setup(methods()[name](**fields), family)
             if testing.installed(family):
                 for check in testing.checks(family):
-                    yield pytest.param(
-                        setup, check, id=f"{label}-{family.name}-{check.__name__.removeprefix('check_')}"
-                    )
+                    name = check.__name__.removeprefix("check_")
+                    slow = name in COMPILING and family.name not in COMPILED_BY_DEFAULT
+                    marks = pytest.mark.slow if slow else ()
+                    yield pytest.param(setup, check, id=f"{label}-{family.name}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("setup", "check"), list(setups()))
