@@ -17,20 +17,20 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "cache_bytes": "cache",
-    "disabled": "attach",
+    "disabled": "living",
     "explain": "explanation",
-    "freeze_base": "attach",
+    "freeze_base": "living",
     "inspect": "inspection",
     "load": "hub",
     "Method": "method",
     "MethodConfig": "method",
     "patch": "attach",
-    "patch_parameters": "attach",
+    "patch_parameters": "living",
     "push": "hub",
     "register": "method",
     "runtime": "method",
     "save": "hub",
-    "settings": "attach",
+    "settings": "living",
     "unpatch": "attach",
 }
 _SUBMODULES = ("duo", "testing")
@@ -59,11 +59,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .attach import disabled, freeze_base, patch, patch_parameters, settings, unpatch
+    from .attach import patch, unpatch
     from .cache import cache_bytes
     from .explanation import explain
     from .hub import load, push, save
     from .inspection import inspect
+    from .living import disabled, freeze_base, patch_parameters, settings
     from .method import Method, MethodConfig, register, runtime
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention

@@ -42,7 +42,7 @@ class PatchedCheckpointReader(DiffusersQuantizer):
             raise ValueError('quant_method "patchattn" only opens what a patched model saved; call patchattn.patch')
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from .attach import patch_state
+        from .living import patch_state
         from .opening import patch_empty
 
         patch_empty(model, self.quantization_config.description)

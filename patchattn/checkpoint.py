@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from . import card, hub
 from . import tensors as own
-from .attach import patch_state, record_of
 from .description import auto_class, auto_classes, describe
 from .folder import CARD, contents, is_weights, keep_foreign_card, replacing
+from .living import patch_state
 from .opening import METHOD
+from .record import record_of
 
 STUB = "modeling_patchattn.py"
 _SAVERS = ("save_pretrained", "push_to_hub")

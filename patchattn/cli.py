@@ -190,7 +190,7 @@ def explain(
     from . import explain as explain_model
     from . import load as load_patch
     from . import patch as patch_model
-    from .attach import patch_of
+    from .record import patch_of
     from .trial import run
 
     loaded = _load(model, dtype, device, revision, trust_remote_code)
@@ -242,7 +242,7 @@ def patch(
         raise typer.BadParameter("name at least one method, or a plan", param_hint="--method")
     _check_output(output, force)
     from . import patch as patch_model
-    from .attach import patch_parameters, plan_of
+    from .living import patch_parameters, plan_of
 
     if dry_run:
         loaded = _load_shell(model, revision, trust_remote_code)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .attach import patch, patch_parameters, unfit, unpatch
+from .attach import patch, unfit, unpatch
 from .cache import cache_bytes
 from .hub import load, save
+from .living import patch_parameters
 from .method import Method, methods
 from .sites import default_sites, find_sites
 from .tables import Report, add_row, setting_text, table

@@ -2,7 +2,7 @@
 
 format_version, patchattn_version, transformers_version    who wrote it
 base_model, base_revision, architecture, shape             the model it was made for
-plan                                                       layers and methods, as `attach.plan_of` gives them
+plan                                                       layers and methods, as `living.plan_of` gives them
 results                                                    what was measured, if anything
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from . import __version__, card
-from .attach import plan_of, record_of, root_of
+from .living import plan_of
+from .record import record_of, root_of
 from .sites import find_sites
 
 FORMAT = 1

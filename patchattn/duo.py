@@ -209,15 +209,15 @@ def identify(
         start: the gates' first value, or an array `[layers, KV heads]`.
         on_step: called after each step, for logging.
     """
-    from . import attach
+    from . import attach, living, record
 
     method = HeadGates(sink=sink, recent=recent, teacher_branch=teacher_branch)
-    root = attach.root_of(model)
+    root = record.root_of(model)
     learned = {name: parameter.requires_grad for name, parameter in root.named_parameters()}
     attach.patch(model, method)
     try:
-        attach.freeze_base(root)
-        gates: list[Tensor] = list(attach.patch_parameters(model).values())
+        living.freeze_base(root)
+        gates: list[Tensor] = list(living.patch_parameters(model).values())
         for index, gate in enumerate(gates):
             gate.data = gate.data.float()
             gate.data.copy_(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .attach import Patch, attachment_of, patch_of, root_of
 from .cache import PatchCacheLayer, layer_bytes
 from .inspection import bypassed, described
+from .record import Patch, attachment_of, patch_of, root_of
 from .tables import Report, add_row, all_but_name, grouped, names_text, note, table
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import card
-from .attach import plan_of, root_of
 from .description import CONFIG, auto_class, check_base, describe, is_whole, read_description
 from .folder import CARD, contents, is_patch_file, is_weights, keep_foreign_card, replacing
+from .living import plan_of
+from .record import root_of
 from .tensors import TENSORS, TensorCheck, open_tensors, put_on, state, write_tensors
 
 __all__ = ["load", "push", "push_folder", "read_description", "save"]

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .attach import IMPLEMENTATION, Patch, attachment_of, patch_of, root_of, unfit
+from .attach import unfit
 from .method import Method, as_methods, describe, methods
 from .reading import forward_function
+from .record import Patch, attachment_of, patch_of, root_of
+from .running import IMPLEMENTATION
 from .sites import OUTPUT_PROJECTIONS, Site, default_sites, find_sites, speaks_interface
 from .tables import Report, add_row, all_but_name, grouped, names_text, note, setting_text, table
 

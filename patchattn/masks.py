@@ -1,4 +1,4 @@
-"""Masks, owned: what transformers hands our layers is the raw 2-D padding mask, never a `T x T` one.
+"""Masks, owned: what transformers hands our layers is the padding, never a `T x T` mask.
 
 transformers makes one mask for each layer *type*, sized after one layer's cache. Once caches differ in length
 that mask is wrong for the others. So the mask function registered here passes the padding mask through, and
@@ -27,14 +27,14 @@ def mask_function(
 ) -> Tensor | None:
     """The mask side of the "patchattn" attention implementation.
 
-    A causal pattern is said by its shape: `[B, S]` is the padding over all S positions so far, with no row
-    (`[0, S]`) if there is none, and `[W, B, S]` (expanded, so it takes no memory) adds a sliding window of W.
-    `[B, 1, 1, S]` is the padding of a bidirectional layer, which gets None if there is none. Any other pattern
-    is a boolean `[B, 1, T, S]`. `unpack` reads it.
+    What a causal layer gets is `[B, 2, 1, S]`, or `[B, 3, 1, S]` if it has a sliding window: the padding over all
+    S positions so far, expanded; `[0, ...]` if there is none. So the pattern is said by the shape, which survives
+    compiling, and models that cut masks for their last queries or first keys may do so. `[B, 1, 1, S]` is the
+    padding of a bidirectional layer, which gets None if there is none. Any other pattern is a boolean
+    `[B, 1, T, S]`. `unpack` reads it.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-    attention_mask = unpack(attention_mask).mask  # `generate` makes masks first, and the model makes them of those
     given = {"mask_function": mask_function or causal_mask_function, "attention_mask": attention_mask, **kwargs}
     if q_length is not None:
         given["q_length"] = q_length
@@ -51,7 +51,7 @@ def mask_function(
     if local is not None:
         plain = local == getattr(config, "sliding_window", None) != getattr(config, "attention_chunk_size", None)
     if plain and may_skip and not kwargs.get("use_vmap", False):
-        return _packed(_padding(attention_mask, length), length, local, kwargs)
+        return _packed(_padding(attention_mask, length), length, local is not None, kwargs)
     if mask_function is bidirectional_mask_function and not kwargs.get("use_vmap", False):
         padding = _padding(attention_mask, length)
         if padding is None:
@@ -66,17 +66,17 @@ def mask_function(
         # A chunk longer than the text, a prompt without an image: nothing was drawn that is not causal.
         given.update(mask_function=causal_mask_function, use_vmap=False)
         if torch.equal(drawn, sdpa_mask(batch_size, *args, kv_length=kv_length, **given)):
-            return _packed(_padding(attention_mask, length), length, None, kwargs)
+            return _packed(_padding(attention_mask, length), length, False, kwargs)
     return drawn
 
 
-def _packed(padding: Tensor | None, length: Any, window: int | None, kwargs: dict[str, Any]) -> Tensor:
+def _packed(padding: Tensor | None, length: Any, windowed: bool, kwargs: dict[str, Any]) -> Tensor:
     if padding is None:
         where = kwargs.get("device")
         if where is None and "cache_position" in kwargs:
             where = kwargs["cache_position"].device
         padding = torch.ones(0, length, dtype=torch.bool, device=where)
-    return padding if window is None else padding.expand(window, *padding.shape)
+    return padding[:, None, None, :].expand(-1, 3 if windowed else 2, -1, -1)
 
 
 class Given(NamedTuple):
@@ -85,24 +85,23 @@ class Given(NamedTuple):
     Attributes:
         mask: padding `[B, S]`, a 4-D mask, or None.
         causal: the mask function said so; else only the layer itself can tell.
-        window: the sliding window that goes with a causal mask.
+        windowed: a causal mask goes with the sliding window of the layer.
         length: S, the positions seen so far, this call's included; 0 if unknown.
     """
 
     mask: Tensor | None
     causal: bool = False
-    window: int | None = None
+    windowed: bool = False
     length: int = 0
 
 
 def unpack(mask: Tensor | None) -> Given:
-    """Read what `mask_function` wrote."""
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3):
+    """Read what `mask_function` wrote; a mask that the model or the user made is left as it is."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
         return Given(mask)
-    window = None
-    if mask.dim() == 3:
-        window, mask = mask.shape[0], mask[0]
-    return Given(mask if mask.shape[0] else None, True, window, mask.shape[1])
+    if mask.shape[2] != 1 or mask.shape[1] not in (2, 3):
+        return Given(mask)
+    return Given(mask[:, 0, 0] if mask.shape[0] else None, True, mask.shape[1] == 3, mask.shape[3])
 
 
 def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from . import tensors as own
-from .attach import patch_state, record_of
 from .description import check_format, fit
+from .living import patch_state
+from .record import record_of
 
 METHOD = "patchattn"
 _PATCH_FILE = re.compile(r"patchattn(\.[\w-]+)?\.safetensors")

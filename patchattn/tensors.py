@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attach import apply_plan, patch_state, root_of
+from .attach import apply_plan
 from .description import fit
+from .living import patch_state
+from .record import root_of
 
 TENSORS = "patchattn.safetensors"
 Model = TypeVar("Model", bound=nn.Module)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attach, cache
+from . import attach, cache, living, record
 from .method import Method, as_methods
 from .sites import default_sites, find_sites
 
@@ -160,7 +160,7 @@ class Setup:
     def patched(self) -> nn.Module:
         model = attach.patch(self.base(), self.method)
         torch.manual_seed(1)
-        for parameter in attach.patch_parameters(model).values():  # an identity would hide what the method does
+        for parameter in living.patch_parameters(model).values():  # an identity would hide what the method does
             with torch.no_grad():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         return model
@@ -226,7 +226,7 @@ def check_disabled_is_the_base_model(setup: Setup) -> None:
     model, inputs = setup.patched(), setup.inputs
     with torch.no_grad():
         wanted, ours = setup.run(setup.base(), inputs), setup.run(model, inputs)
-        with attach.disabled(model):
+        with living.disabled(model):
             _require(
                 torch.equal(setup.run(model, inputs), wanted), "outputs inside disabled() are not the base model's"
             )
@@ -261,13 +261,13 @@ def check_rows_do_not_mix(setup: Setup) -> None:
 
 def check_only_the_patch_takes_gradients(setup: Setup) -> None:
     """After `freeze_base` the declared parameters get gradients, all of them and nothing else."""
-    model = attach.freeze_base(setup.patched())
-    declared = attach.patch_parameters(model)
+    model = living.freeze_base(setup.patched())
+    declared = living.patch_parameters(model)
     if not declared:
         return
     out = setup.run(model, setup.inputs)
     (out.float() * torch.randn_like(out.float())).sum().backward()
-    for name, parameter in attach.root_of(model).named_parameters():
+    for name, parameter in record.root_of(model).named_parameters():
         if name in declared:
             _require(parameter.grad is not None, f"{name} belongs to the patch and got no gradient")
             _require(bool(parameter.grad.isfinite().all()), f"the gradient of {name} is not finite")  # type: ignore[union-attr]

@@ -32,8 +32,9 @@ from transformers import (
 
 import patchattn
 from patchattn import Method, MethodConfig
-from patchattn.attach import attachment_of, plan_of
+from patchattn.living import plan_of
 from patchattn.method import as_methods
+from patchattn.record import attachment_of
 from patchattn.testing import FAMILIES, IMAGE_TOKEN, TEXT, snapshot
 
 
@@ -362,8 +363,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers import modeling_utils, masking_utils
 before = set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)
-from patchattn import attach
-attach.register()
+from patchattn import running
+running.register()
 after = set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)
 assert [b - a for a, b in zip(before, after)] == [{"patchattn"}, {"patchattn"}]
 """

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import patchattn
-from patchattn.attach import patch_state, plan_of
+from patchattn.living import patch_state, plan_of
 from patchattn.method import Method, MethodConfig, register
 from patchattn.testing import FAMILIES, TEXT, Setup
 

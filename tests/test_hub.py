@@ -21,7 +21,7 @@ from torch import nn
 
 import patchattn
 from patchattn import hub
-from patchattn.attach import patch_state, plan_of
+from patchattn.living import patch_state, plan_of
 from patchattn.testing import FAMILIES, Setup, snapshot
 
 from .hub_server import HubServer

@@ -156,7 +156,8 @@ def test_a_cache_of_the_patched_model_is_refused_by_the_unpatched_one():
 
 
 def test_a_quantized_cache_is_refused_by_name():
-    from patchattn.attach import _own_layer, attachment_of
+    from patchattn.record import attachment_of
+    from patchattn.running import _own_layer
 
     class QuantizedLayer:
         def get_seq_length(self):

@@ -135,7 +135,9 @@ def site(name: str, module: nn.Module, config: Any, layer_idx: int) -> Site | No
     if text is not None and (text != hidden or reading.text_first is None):
         hidden = 0  # no single input lines up with the tokens of q
     kv_heads = _first_int(module, "kv_heads", "num_kv_heads") if reading.grouped else None
-    causal = reading.causal == "True" or (reading.causal == "attn.is_causal" and bool(getattr(module, "is_causal", False)))
+    causal = reading.causal == "True" or (
+        reading.causal == "attn.is_causal" and bool(getattr(module, "is_causal", False))
+    )
     return Site(
         name=name,
         module=module,

@@ -1,0 +1,99 @@
+"""Living with a patched model: switch it off for a moment, turn its knobs, train it, describe it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .attach import own_state
+from .method import describe
+from .record import attachment_of, record_of, root_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside this block the model is the base model, bit for bit; the patch stays loaded.
+
+    So a distillation has its teacher without a second copy of the weights. Caches are not shared between the
+    two: start with a new one on each side.
+    """
+    record = record_of(model)
+    current = [(config, config._attn_implementation) for config, _ in record.implementations]
+    before = {site.name: attachment_of(site.module).enabled for site in record.sites}
+    for config, implementation in record.implementations:
+        config._attn_implementation_internal = implementation
+    for site in record.sites:
+        attachment_of(site.module).enabled = False
+    try:
+        yield model
+    finally:
+        for config, implementation in current:
+            config._attn_implementation_internal = implementation
+        for site in record.sites:
+            attachment_of(site.module).enabled = before[site.name]
+
+
+@contextlib.contextmanager
+def settings(model: nn.Module, **changes: Any) -> Iterator[nn.Module]:
+    """Inside this block some settings of the methods are changed, without patching again.
+
+    Only the fields that a method declares as run-time settings may change; every method that has a field of
+    that name takes the new value.
+    """
+    record = record_of(model)
+    methods = [method for site in record.patched for method in attachment_of(site.module).methods]
+    allowed = sorted({name for method in methods for name in method.config.runtime_fields()})
+    for name in changes:
+        if name not in allowed:
+            raise ValueError(
+                f"settings: {name!r} cannot be changed at run time; allowed: {', '.join(allowed) or 'nothing'}"
+            )
+    changed = []
+    for method in methods:
+        mine = {name: value for name, value in changes.items() if name in method.config.runtime_fields()}
+        if mine:
+            changed.append((method, method.config, method.config.replace(**mine)))
+    for method, _, new in changed:
+        method.config = new
+    try:
+        yield model
+    finally:
+        for method, old, _ in changed:
+            method.config = old
+
+
+def patch_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The patch's own parameters, by their name in the model."""
+    record = record_of(model)
+    root = root_of(model)
+    prefixes = tuple(f"{site.name}.patchattn." for site in record.patched)
+    return {name: parameter for name, parameter in root.named_parameters() if name.startswith(prefixes)}
+
+
+def patch_state(model: nn.Module) -> dict[str, Tensor]:
+    """The patch's own parameters and persistent buffers, by their name in the model."""
+    sites = record_of(model).patched
+    return {
+        name: tensor for site in sites for name, tensor in own_state(site, attachment_of(site.module).methods).items()
+    }
+
+
+def freeze_base(model: Model) -> Model:
+    """Let only the patch's own parameters take gradients, as before a distillation."""
+    own = {id(parameter) for parameter in patch_parameters(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+    return model
+
+
+def plan_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The patch as JSON-ready data: a list of `{"layers": names, "methods": [...]}`."""
+    return [
+        {"layers": names, "methods": [describe(method) for method in methods]}
+        for _, names, methods in record_of(model).plan
+    ]
