@@ -26,10 +26,10 @@ def setups():
             setup = testing.Setup(methods()[name](**fields), family)
             if testing.installed(family):
                 for check in testing.checks(family):
-                    name = check.__name__.removeprefix("check_")
-                    slow = name in COMPILING and family.name not in COMPILED_BY_DEFAULT
+                    what = check.__name__.removeprefix("check_")
+                    slow = what in COMPILING and family.name not in COMPILED_BY_DEFAULT
                     marks = pytest.mark.slow if slow else ()
-                    yield pytest.param(setup, check, id=f"{label}-{family.name}-{name}", marks=marks)
+                    yield pytest.param(setup, check, id=f"{label}-{family.name}-{what}", marks=marks)
 
 
 @pytest.mark.parametrize(("setup", "check"), list(setups()))
