@@ -45,3 +45,8 @@ def registered_mask(
 def tokens_to_remove(argument: int, seen: int) -> int:
     """What `Cache.crop` asks: negative is a number to remove; positive, before 5.22, the length to keep."""
     return -argument if argument <= 0 else max(0, seen - argument)
+
+
+def forget_static_cache(model: Any) -> None:
+    """In 5.0 `generate` keeps a static cache on the model, whose layers are those of an earlier patch."""
+    vars(model).pop("_cache", None)

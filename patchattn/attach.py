@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from . import _compat
 from .context import Attachment
+from .masks import know_window
 from .method import Method, as_methods
 from .reading import forward_function, read_forward
 from .record import ConfigCopy, Patch, attachment_of, patch_of, record_of, root_of
@@ -185,6 +187,7 @@ def _apply(model: nn.Module, record: Patch, sites: Sequence[Site], ready: Sequen
     from .checkpoint import prepare_saving
     from .families import diffusers
 
+    _compat.forget_static_cache(root)
     root.__dict__["_patchattn_patch"] = record
     prepare_saving(root)
     methods_of = {site.name: methods for site, methods in ready}
@@ -266,6 +269,8 @@ def _switch_implementation(model: nn.Module, record: Patch) -> None:
     those that contain them.
     """
     register()
+    for site in record.sites:
+        know_window(site.window)
     touched = {id(site.config) for site in record.sites if site.family == "interface"}
     drawn = {id(site.config) for site in record.sites if site.draws_mask}
     copies: dict[int, ConfigCopy] = {}
@@ -333,6 +338,7 @@ def _remove(root: nn.Module, record: Patch) -> None:
         module.__dict__.pop("_patchattn", None)
         module._modules.pop("patchattn", None)
     _drop_hooks(root)
+    _compat.forget_static_cache(root)
     root.__dict__.pop("_patchattn_patch", None)
     undo_saving(root)
 

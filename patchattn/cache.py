@@ -34,6 +34,7 @@ class PatchCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)  # some models look at their size
+        self.max_batch_size = key_states.shape[0]  # asked of static caches, before 5.4
         self.is_initialized = True
 
     def expect(self) -> None:
@@ -124,7 +125,7 @@ class TwoTierLayer(PatchCacheLayer):
     def __init__(self, full: bool, sink: int, recent: int, static_length: int | None = None) -> None:
         super().__init__()
         self.sink, self.recent = sink, recent
-        self.static_length = static_length
+        self.static_length = self.max_cache_len = static_length
         self.is_compileable = static_length is not None
         self.full: Any = None
         if full:

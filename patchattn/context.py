@@ -164,7 +164,8 @@ class AttentionContext:
     def take(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         """What the module hands to its attention."""
         self.q, self.k, self.v, self.kwargs = q, k, v, kwargs
-        self._given, self._mask = Given(mask) if self.attachment.site.draws_mask else unpack(mask), None
+        self._given = Given(mask) if self.attachment.site.draws_mask else unpack(mask, q.shape[1])
+        self._mask = None
         if self.past_length is None:  # no cache layer told: the mask counts every token so far
             self.past_length = (self._given.length or k.shape[2]) - q.shape[2]
             self.key_offset = self.past_length + q.shape[2] - k.shape[2]
@@ -182,12 +183,9 @@ class AttentionContext:
     @property
     def window(self) -> int | None:
         """The model's own sliding window on this layer."""
-        if self._given.causal and not self._given.windowed:
-            return None
-        window: int | None = self.kwargs.get("sliding_window", self.attachment.site.window)
-        if window is None and self._given.windowed:
-            window = self.config.sliding_window
-        return window
+        if self._given.causal:
+            return self._given.window
+        return self.kwargs.get("sliding_window", self.attachment.site.window)
 
     @property
     def causal(self) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+WINDOWS: list[int] = []  # the sizes of sliding windows met in this process
+
 
 def mask_function(
     batch_size: int,
@@ -27,11 +29,11 @@ def mask_function(
 ) -> Tensor | None:
     """The mask side of the "patchattn" attention implementation.
 
-    What a causal layer gets is `[B, 2, 1, S]`, or `[B, 3, 1, S]` if it has a sliding window: the padding over all
-    S positions so far, expanded; `[0, ...]` if there is none. So the pattern is said by the shape, which survives
-    compiling, and models that cut masks for their last queries or first keys may do so. `[B, 1, 1, S]` is the
-    padding of a bidirectional layer, which gets None if there is none. Any other pattern is a boolean
-    `[B, 1, T, S]`. `unpack` reads it.
+    What a causal layer gets is `[B, 2, 1, S]`, the padding over all S positions so far, expanded; `[0, ...]` if
+    there is none. With a sliding window it is `[B, 3 + n, 1, S]`, for the n-th of `WINDOWS`. So the pattern is said
+    by the shape, which survives compiling and other devices, and models that cut masks for their last queries or
+    first keys may do so. `[B, 1, 1, S]` is the padding of a bidirectional layer, which gets None if there is none.
+    Any other pattern is a boolean `[B, 1, T, S]`. `unpack` reads it.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
@@ -51,7 +53,7 @@ def mask_function(
     if local is not None:
         plain = local == getattr(config, "sliding_window", None) != getattr(config, "attention_chunk_size", None)
     if plain and may_skip and not kwargs.get("use_vmap", False):
-        return _packed(_padding(attention_mask, length), length, local is not None, kwargs)
+        return _packed(_padding(attention_mask, length), length, local, kwargs)
     if mask_function is bidirectional_mask_function and not kwargs.get("use_vmap", False):
         padding = _padding(attention_mask, length)
         if padding is None:
@@ -66,17 +68,24 @@ def mask_function(
         # A chunk longer than the text, a prompt without an image: nothing was drawn that is not causal.
         given.update(mask_function=causal_mask_function, use_vmap=False)
         if torch.equal(drawn, sdpa_mask(batch_size, *args, kv_length=kv_length, **given)):
-            return _packed(_padding(attention_mask, length), length, False, kwargs)
+            return _packed(_padding(attention_mask, length), length, None, kwargs)
     return drawn
 
 
-def _packed(padding: Tensor | None, length: Any, windowed: bool, kwargs: dict[str, Any]) -> Tensor:
+def know_window(window: int | None) -> None:
+    """Give a window its place among `WINDOWS`; done before compiling, so that nothing grows in a graph."""
+    if window is not None and window not in WINDOWS:
+        WINDOWS.append(window)
+
+
+def _packed(padding: Tensor | None, length: Any, window: int | None, kwargs: dict[str, Any]) -> Tensor:
+    know_window(window)
     if padding is None:
         where = kwargs.get("device")
         if where is None and "cache_position" in kwargs:
             where = kwargs["cache_position"].device
         padding = torch.ones(0, length, dtype=torch.bool, device=where)
-    return padding[:, None, None, :].expand(-1, 3 if windowed else 2, -1, -1)
+    return padding[:, None, None, :].expand(-1, 2 if window is None else 3 + WINDOWS.index(window), -1, -1)
 
 
 class Given(NamedTuple):
@@ -85,23 +94,26 @@ class Given(NamedTuple):
     Attributes:
         mask: padding `[B, S]`, a 4-D mask, or None.
         causal: the mask function said so; else only the layer itself can tell.
-        windowed: a causal mask goes with the sliding window of the layer.
+        window: the sliding window that goes with a causal mask.
         length: S, the positions seen so far, this call's included; 0 if unknown.
     """
 
     mask: Tensor | None
     causal: bool = False
-    windowed: bool = False
+    window: int | None = None
     length: int = 0
 
 
-def unpack(mask: Tensor | None) -> Given:
+def unpack(mask: Tensor | None, heads: int) -> Given:
     """Read what `mask_function` wrote; a mask that the model or the user made is left as it is."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
         return Given(mask)
-    if mask.shape[2] != 1 or mask.shape[1] not in (2, 3):
+    place = mask.shape[1] - 3
+    if mask.shape[2] != 1 or not -1 <= place < len(WINDOWS):
         return Given(mask)
-    return Given(mask[:, 0, 0] if mask.shape[0] else None, True, mask.shape[1] == 3, mask.shape[3])
+    if mask.shape[1] == heads and mask.shape[0] and mask.stride(1):
+        return Given(mask)  # not expanded: one mask a head
+    return Given(mask[:, 0, 0] if mask.shape[0] else None, True, WINDOWS[place] if place >= 0 else None, mask.shape[3])
 
 
 def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -24,9 +24,9 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 import patchattn
-from patchattn.attach import attachment_of, patch_of
 from patchattn.context import AttentionContext
 from patchattn.method import Method
+from patchattn.record import attachment_of, patch_of
 from patchattn.sites import Site
 
 VOCAB, RESERVED = 199, 64  # token ids below RESERVED are kept for what a model calls special
@@ -65,7 +65,11 @@ SIZES: list[tuple[str, int]] = [
     (r"state", 16),
     (r"hidden|d_model|n_embd|embed|dim$|width|channels|_size$|d_ssm|d_rel", 64),
 ]  # fmt: skip
-WINDOWED = {"use_sliding_window": True, "sliding_window": WINDOW}
+# What some configurations have and leave off by default, each tried as a variant.
+VARIANTS = {
+    "windowed": {"use_sliding_window": True, "sliding_window": WINDOW},
+    "shared keys": {"num_kv_shared_layers": 0},  # filled in: the second half of the layers
+}
 LAYER_COUNTS = (
     r"^(num_hidden_layers|n_layers?|num_layers|layers|(encoder|decoder)_layers|num_(encoder|decoder)_layers)$"
 )
@@ -132,30 +136,36 @@ class NotTried(Exception):
 # ---- toy models --------------------------------------------------------------------------------------------
 
 
-def shrink(config_class: type[PreTrainedConfig], windowed: bool = False) -> PreTrainedConfig:
+def shrink(config_class: type[PreTrainedConfig], variant: str = "") -> PreTrainedConfig:
     """The default configuration of a class with every size made small.
 
-    `windowed` turns sliding windows on where a configuration has them and leaves them off by default.
+    A variant turns something on where a configuration has it and leaves it off by default.
     """
     default = config_class()
     full = vars(default)
     special = SPECIAL.get(config_class.model_type or config_class.__name__, {})
     count, layers = _layer_count(full), special.get("num_hidden_layers") or _layers_needed(default)
+    names = {field.name for field in dataclasses.fields(config_class)}
+    turned_on = {
+        name: value for name, value in VARIANTS.get(variant, {}).items() if name in names and not full.get(name)
+    }
+    if "num_kv_shared_layers" in turned_on:
+        turned_on, layers = {"num_kv_shared_layers": layers}, 2 * layers
     ids = iter(range(3, RESERVED))
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         name = field.name
         value = full.get(config_class.attribute_map.get(name, name))
         if isinstance(value, PreTrainedConfig):
-            changes[name] = shrink(type(value), windowed)
-        elif windowed and name in WINDOWED and not value:
-            changes[name] = WINDOWED[name]
+            changes[name] = shrink(type(value), variant)
+        elif name in turned_on:
+            changes[name] = turned_on[name]
         elif re.search("(key_value|kv)_heads$", name) and value != 1:
             changes[name] = 4 if "kv_lora_rank" in full else 2
         elif name == "head_dim" and value is None:
             changes[name] = 16
         elif isinstance(value, (list, tuple)) and len(value) == count:
-            if field.default is not None or isinstance(value[0], str):
+            if field.default is not None or (isinstance(value[0], str) and not turned_on):
                 changes[name] = type(value)(value[:layers])
         elif field.default is None or isinstance(value, bool):
             continue
@@ -204,10 +214,10 @@ def _decoder(kind: str, config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def build(kind: str, model_type: str, windowed: bool = False) -> nn.Module:
+def build(kind: str, model_type: str, variant: str = "") -> nn.Module:
     """A toy model with weights large enough that a wrong mask shows."""
     cls = model_class(kind, model_type)
-    config = _decoder(kind, shrink(cls.config_class, windowed))
+    config = _decoder(kind, shrink(cls.config_class, variant))
     torch.manual_seed(0)
     model = cls(config).eval()
     with torch.no_grad():
@@ -488,13 +498,15 @@ def _fits(runs: Runs, method: Method, reference: dict[str, Tensor] | None, toler
 
 
 def _variants(row: Row, model: nn.Module, calls: list[str]) -> None:
-    """The same with eager attention, and with sliding windows where the model has them to turn on."""
+    """The same with eager attention, and with what the model has to turn on."""
     if row.base != "eager":
         model.set_attn_implementation("eager")
         _again(row, model, "eager", calls)
     cls = model_class(row.kind, row.model_type)
-    if shrink(cls.config_class, windowed=True).to_dict() != shrink(cls.config_class).to_dict():
-        _again(row, build(row.kind, row.model_type, windowed=True), "windowed", calls)
+    usual = shrink(cls.config_class).to_dict()
+    for variant in VARIANTS:
+        if shrink(cls.config_class, variant).to_dict() != usual:
+            _again(row, build(row.kind, row.model_type, variant), variant, calls)
 
 
 def _again(row: Row, model: nn.Module, name: str, calls: list[str]) -> None:
@@ -540,11 +552,11 @@ model computes, all this holds:
 - the logits change when the patched attention is blinded, so it is the attention the model uses;
 - after unpatch parameters, hooks, attributes, config and logits are what they were.
 
-*Attention* is what the model loads with, then what was tried besides: eager attention, and sliding windows where the
-default configuration leaves them off. *Patched* counts attention modules, of all layers where some have none: mixtures
-of experts, linear attention and whatever else there is stay as they are. DuoAttention fits where half the KV heads of
-some layers can stream; with a window over everything it then gives the unpatched logits, to {soft:g}. GatedAttention
-fits where a gate that is the identity changes nothing.
+*Attention* is what the model loads with, then what was tried besides: eager attention, and sliding windows and layers
+with shared keys where the default configuration leaves them off. *Patched* counts attention modules, of all layers
+where some have none: mixtures of experts, linear attention and whatever else there is stay as they are. DuoAttention
+fits where half the KV heads of some layers can stream; with a window over everything it then gives the unpatched
+logits, to {soft:g}. GatedAttention fits where a gate that is the identity changes nothing.
 """
 
 

@@ -145,7 +145,9 @@ class DuoAttention(Method):
         q, k, v = (x.index_select(1, index) for x, index in
                    ((ctx.q, heads.full_q), (ctx.k, heads.full_kv), (ctx.v, heads.full_kv)))  # fmt: skip
         if ctx.cache is not None:
-            k, v = ctx.cache.full.update(k, v)
+            # Before 5.4 a static layer has to be told where to write; later ones count by themselves.
+            place = [{"cache_position": ctx.positions}] if ctx.static else []
+            k, v = ctx.cache.full.update(k, v, *place)
         options = _options(ctx, heads.full_q)
         queries, keys, mask = q.shape[2], k.shape[2], ctx.mask
         if mask.padding is None and mask.dense is None and not ctx.static and (queries == 1 or queries == keys):
