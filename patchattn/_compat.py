@@ -48,5 +48,7 @@ def tokens_to_remove(argument: int, seen: int) -> int:
 
 
 def forget_static_cache(model: Any) -> None:
-    """In 5.0 `generate` keeps a static cache on the model, whose layers are those of an earlier patch."""
-    vars(model).pop("_cache", None)
+    """In 5.0 `generate` keeps a static cache on the model, which after unpatch has layers of the patch."""
+    layers = getattr(vars(model).get("_cache"), "layers", ())
+    if any(hasattr(layer, "expect") for layer in layers):
+        del model._cache

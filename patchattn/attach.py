@@ -187,7 +187,6 @@ def _apply(model: nn.Module, record: Patch, sites: Sequence[Site], ready: Sequen
     from .checkpoint import prepare_saving
     from .families import diffusers
 
-    _compat.forget_static_cache(root)
     root.__dict__["_patchattn_patch"] = record
     prepare_saving(root)
     methods_of = {site.name: methods for site, methods in ready}
@@ -272,7 +271,7 @@ def _switch_implementation(model: nn.Module, record: Patch) -> None:
     for site in record.sites:
         know_window(site.window)
     touched = {id(site.config) for site in record.sites if site.family == "interface"}
-    drawn = {id(site.config) for site in record.sites if site.draws_mask}
+    drawn = {id(site.config) for site in record.sites if site.base_masks}
     copies: dict[int, ConfigCopy] = {}
 
     def isolated(config: Any) -> Any:
@@ -310,7 +309,7 @@ def _switch_implementation(model: nn.Module, record: Patch) -> None:
 
 
 def _with_masks_of(base: str) -> str:
-    """The name of our attention with the masks of another, for modules that compute with the mask themselves."""
+    """The name of our attention with the masks of another, for modules that need those."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 

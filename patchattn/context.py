@@ -164,11 +164,12 @@ class AttentionContext:
     def take(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         """What the module hands to its attention."""
         self.q, self.k, self.v, self.kwargs = q, k, v, kwargs
-        self._given = Given(mask) if self.attachment.site.draws_mask else unpack(mask, q.shape[1])
-        self._mask = None
+        self._given, self._mask = Given(mask) if self.attachment.site.base_masks else unpack(mask), None
         if self.past_length is None:  # no cache layer told: the mask counts every token so far
             self.past_length = (self._given.length or k.shape[2]) - q.shape[2]
-            self.key_offset = self.past_length + q.shape[2] - k.shape[2]
+        if self.key_offset is None:
+            offset = self.past_length + q.shape[2] - k.shape[2]
+            self.key_offset = offset.clamp(min=0) if isinstance(offset, Tensor) else max(0, offset)
         indices = kwargs.pop("indices", None)
         if indices is not None:
             self._keep_only(indices)

@@ -104,15 +104,13 @@ class Given(NamedTuple):
     length: int = 0
 
 
-def unpack(mask: Tensor | None, heads: int) -> Given:
+def unpack(mask: Tensor | None) -> Given:
     """Read what `mask_function` wrote; a mask that the model or the user made is left as it is."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
         return Given(mask)
     place = mask.shape[1] - 3
     if mask.shape[2] != 1 or not -1 <= place < len(WINDOWS):
         return Given(mask)
-    if mask.shape[1] == heads and mask.shape[0] and mask.stride(1):
-        return Given(mask)  # not expanded: one mask a head
     return Given(mask[:, 0, 0] if mask.shape[0] else None, True, WINDOWS[place] if place >= 0 else None, mask.shape[3])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ def _note_cache(ctx: AttentionContext, attachment: Attachment, cache: Any) -> No
     if index is not None and len(layers) <= index and getattr(cache, "layer_class_to_replicate", None) is not None:
         while len(layers) <= index:
             layers.append(cache.layer_class_to_replicate())
+    queries = ctx._hidden_states.shape[1] if ctx._hidden_states is not None else 1
     if index is None or len(layers) <= index or not hasattr(layers[index], "get_seq_length"):
-        ctx.past_length = None  # the keys are kept elsewhere; the mask will tell how many there are
-        return
+        return _note_elsewhere(ctx, layers, queries)
     layer = layers[index]
     own = getattr(layer, "expect", None)
     if own is None and attachment.methods:
@@ -95,7 +96,6 @@ def _note_cache(ctx: AttentionContext, attachment: Attachment, cache: Any) -> No
         if replacement is not None:
             layers[index] = layer = replacement
             own = layer.expect
-    queries = ctx._hidden_states.shape[1] if ctx._hidden_states is not None else 1
     past = layer.get_seq_length()
     if isinstance(past, Tensor):
         ctx.past_length, ctx.static = past.clone(), True  # `update` counts on in place
@@ -112,6 +112,14 @@ def _note_cache(ctx: AttentionContext, attachment: Attachment, cache: Any) -> No
         own()
     if not torch.compiler.is_compiling():
         attachment.last_cache = weakref.ref(layer)
+
+
+def _note_elsewhere(ctx: AttentionContext, layers: Sequence[Any], queries: int) -> None:
+    """Where the keys come from another layer: the mask will tell how many there are, but not in a static cache."""
+    ctx.past_length = ctx.key_offset = None
+    first = next((layer for layer in layers if hasattr(layer, "get_seq_length")), None)
+    if first is not None and getattr(first, "max_cache_len", None) is not None:
+        ctx.past_length, ctx.static = first.get_seq_length() - queries, True  # it has counted this call already
 
 
 def _own_layer(attachment: Attachment, layer: Any) -> Any:

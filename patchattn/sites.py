@@ -35,7 +35,7 @@ class Site:
     position_bias: bool = False  # the module adds a bias of its own to the scores
     pieces: bool = False  # one forward calls the attention several times, each on a part of q, k, v
     cache_index: int | None = None  # where its keys are in a cache; None if that is not known beforehand
-    draws_mask: bool = False  # the module changes the mask it is given before it attends
+    base_masks: bool = False  # it needs the masks of its base attention: it computes with them, or has no cache_index
     cache_problem: str | None = None  # why no method can keep a cache layer of its own here
     order: int = 0  # its place among the modules patched together
     problem: str | None = None  # why no method can sit here
@@ -121,7 +121,7 @@ def _interface_site(name: str, module: nn.Module, caches: dict[int, list[Any]]) 
         position_bias="position_bias" in forward_function(module).__code__.co_varnames,
         pieces=reading.calls > 1,
         cache_index=layer_idx if reading.own_index and not cross and isinstance(layer_idx, int) else None,
-        draws_mask=reading.draws_mask,
+        base_masks=reading.draws_mask or not reading.own_index,
         cache_problem=_cache_problem(reading, layer),
         problem="cross-attention: its keys come from another sequence" if cross else _problem(module, reading),
     )

@@ -254,7 +254,7 @@ class Runs:
         self.extra: dict[str, Tensor] = {}
         if getattr(model.config, "is_encoder_decoder", False) and kind == "image and text":
             self.extra["decoder_input_ids"] = self.ids
-        calls = [self.plain, self.left, self.right, self.decode, self.generate]
+        calls = [self.plain, self.left, self.right, self.decode, self.static, self.generate]
         if kind == "image":
             config = model.config.get_text_config()
             size = getattr(config, "image_size", None) or 32
@@ -301,11 +301,18 @@ class Runs:
             first += size
         return torch.cat(logits, dim=1)[mask.bool()]
 
-    def generate(self) -> Tensor:
-        """Three tokens after a left-padded prompt."""
+    def generate(self, **options: Any) -> Tensor:
+        """Logits of three tokens after a left-padded prompt."""
         ids, mask = self._padded(slice(0, PADDING))
-        out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=1)
-        return out[:, -3:].float()
+        options = dict(options, max_new_tokens=3, do_sample=False, pad_token_id=1, eos_token_id=None)
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options
+        )
+        return torch.stack(out.logits)
+
+    def static(self) -> Tensor:
+        """The same with a cache that has its full length from the start."""
+        return self.generate(cache_implementation="static", disable_compile=True)
 
     def run(self, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What these calls give, and for those that raise, what they say."""
@@ -546,8 +553,8 @@ at least one layer of every kind it has. It *works* if, with its attention patch
 model computes, all this holds:
 
 - its logits are those of the unpatched model, to {tolerance:g} (*difference* says how far they are in fact): of plain,
-  left-padded and right-padded batches, and decoded with a cache, in chunks and token by token;
-- `generate` writes the same tokens;
+  left-padded and right-padded batches, decoded with a cache in chunks and token by token, and in `generate` with a
+  dynamic and (where the unpatched model can) a static cache;
 - heads, sizes and hidden states are what patchattn read from the module beforehand;
 - the logits change when the patched attention is blinded, so it is the attention the model uses;
 - after unpatch parameters, hooks, attributes, config and logits are what they were.
