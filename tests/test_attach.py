@@ -420,6 +420,38 @@ def test_dense_equals_the_unpatched_model_under_every_mask(build, side):
     assert torch.equal(model(**inputs).logits[real], wanted[real])
 
 
+def test_dense_runs_on_flex_attention_where_the_model_was_loaded_so():
+    torch.manual_seed(0)
+    config = MistralConfig(**{**TEXT, "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1}, sliding_window=6)
+    model = MistralForCausalLM(config).eval()  # flex attention wants heads of 16 and more
+    model.set_attn_implementation("flex_attention")
+    ids = tokens()
+    real = torch.ones_like(ids).bool()
+    real[1, :7] = False
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=real.long(), use_cache=False).logits
+        patchattn.patch(model, "dense")
+        assert torch.equal(model(ids, attention_mask=real.long(), use_cache=False).logits[real], wanted[real])
+    assert model.model.layers[0].self_attn._patchattn.base_ran == "flex_attention"
+
+
+def test_dropout_in_training_is_the_models_own():
+    ids = tokens()
+
+    def run(model, seed):
+        torch.manual_seed(seed)
+        return model(ids, use_cache=False).logits
+
+    model = llama(attention_dropout=0.3).train()
+    wanted = run(model, 1)
+    patchattn.patch(model, "dense")
+    assert torch.equal(run(model, 1), wanted) and not torch.equal(run(model, 2), wanted)
+    patchattn.unpatch(model)
+    patchattn.patch(model, patchattn.DuoAttention(heads=0.5, sink=2, recent=5))
+    assert torch.equal(run(model, 1), run(model, 1)) and not torch.equal(run(model, 2), run(model, 1))
+    assert torch.equal(run(model.eval(), 1), run(model, 2))
+
+
 @pytest.mark.parametrize("build", [llama, gemma2, gpt_oss], ids=lambda f: f.__name__)
 def test_streaming_heads_respect_capped_scores_and_learned_sinks(build):
     model, ids = build(), tokens()
