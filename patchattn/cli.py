@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .terminal import FAILED, Json, examples, one_line, show, show_error
 
 if TYPE_CHECKING:
     from torch import nn
 
-FAILED = 1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 app = typer.Typer(
@@ -40,13 +39,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in arguments:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        show_error(error)
         sys.exit(FAILED)
-
-
-def _examples(*lines: str) -> str:
-    """The end of a command's help: lines that can be copied."""
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(line.replace("[", r"\[") for line in lines)
 
 
 def _version(wanted: bool) -> None:
@@ -56,7 +50,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog=_examples(
+    epilog=examples(
         "patchattn demo",
         "patchattn methods",
         "patchattn inspect Qwen/Qwen3-0.6B",
@@ -80,7 +74,6 @@ def start(
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub repository of the model.", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Layers = Annotated[
     str | None,
     typer.Option("--layers", "-l", help="Which layers: 0-11, 0,3,8-, even, odd, or a glob over module names."),
@@ -109,7 +102,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be writt
 
 
 @app.command(
-    "methods", epilog=_examples("patchattn methods", "patchattn methods duo_attention", "patchattn methods --json")
+    "methods", epilog=examples("patchattn methods", "patchattn methods duo_attention", "patchattn methods --json")
 )
 def list_methods(
     name: Annotated[
@@ -126,7 +119,7 @@ def list_methods(
         with _wrong_usage("NAME"):
             method_class(name)
         entry = next(entry for entry in catalog.catalog() if entry["name"] == method_class(name).name)
-        _print(entry, as_json, catalog.explain_settings(name))
+        show(entry, as_json, catalog.explain_settings(name))
     elif markdown:
         typer.echo(catalog.markdown())
     else:
@@ -135,11 +128,11 @@ def list_methods(
         rows = table("method", "what it is for", "trained", "fits", "paper")
         for entry in catalog.catalog():
             add_row(rows, entry["name"], entry["for"], entry["trained"], ", ".join(entry["fits"]), entry["paper"])
-        _print(catalog.catalog(), as_json, rows)
+        show(catalog.catalog(), as_json, rows)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "patchattn inspect Qwen/Qwen3-0.6B", "patchattn inspect my-model -m gated_attention:kind=elementwise"
     )
 )
@@ -155,11 +148,11 @@ def inspect(
     from . import inspect as inspect_model
 
     report = inspect_model(_load_shell(model, revision, trust_remote_code), what)
-    _print(report.to_dict(), as_json, report)
+    show(report.to_dict(), as_json, report)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "patchattn explain HuggingFaceTB/SmolLM2-135M-Instruct -m duo_attention:sink=4,recent=16",
         'patchattn explain my-model -m gated_attention -m duo_attention --layers 4- --prompt "Once upon a time"',
         "patchattn explain my-model --patch my-patch --json",
@@ -206,14 +199,14 @@ def explain(
     outcome = run(loaded, tokenizer, prompt, tokens)
     report = explain_model(loaded)
     if as_json:
-        _print({**report.to_dict(), "input": outcome.given, "output": outcome.answer}, True, None)
+        show({**report.to_dict(), "input": outcome.given, "output": outcome.answer}, True, None)
     else:
-        _print(None, False, f"input: {outcome.given}\noutput: {outcome.answer}\n")
-        _print(None, False, report)
+        show(None, False, f"input: {outcome.given}\noutput: {outcome.answer}\n")
+        show(None, False, report)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "patchattn patch Qwen/Qwen3-0.6B -m duo_attention:heads=pattern.tsv,share=0.5 -o my-patch",
         "patchattn patch my-model -m gated_attention -m duo_attention --layers 4- -o my-patch --dry-run",
         'patchattn patch my-model --plan \'{"even": "duo_attention", "odd": "gated_attention"}\' -o whole --full',
@@ -261,11 +254,11 @@ def patch(
         "plan": plan_of(loaded),
         "files": files,
     }
-    _print(result, as_json, _patch_text(result))
+    show(result, as_json, _patch_text(result))
 
 
 @app.command(
-    epilog=_examples("patchattn push my-patch me/my-patch --dry-run", "patchattn push my-patch me/my-patch --private")
+    epilog=examples("patchattn push my-patch me/my-patch --dry-run", "patchattn push my-patch me/my-patch --private")
 )
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `patch` wrote.", show_default=False)],
@@ -285,17 +278,17 @@ def push(
         result["url"] = hub.push_folder(folder, repository, private or None, message)
     verb = "would push" if dry_run else "pushed"
     lines = [f"{verb} {len(files)} files to {result['url'] or repository}", *(_file_line(file) for file in files)]
-    _print(result, as_json, "\n".join(lines))
+    show(result, as_json, "\n".join(lines))
 
 
-@app.command(epilog=_examples("patchattn env", "patchattn env --json"))
+@app.command(epilog=examples("patchattn env", "patchattn env --json"))
 def env(as_json: Json = False) -> None:
     """What is installed and on which machine: paste it into a bug report."""
     from .environment import environment
 
     found = environment()
     if as_json:
-        _print(found, True, None)
+        show(found, True, None)
         return
     from .tables import add_row, table
 
@@ -303,11 +296,11 @@ def env(as_json: Json = False) -> None:
     for name, value in found.items():
         shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
         add_row(rows, name, shown if not isinstance(value, list) else ", ".join(map(str, value)) or None)
-    _print(None, False, rows)
+    show(None, False, rows)
 
 
 @app.command(
-    epilog=_examples("patchattn demo", "patchattn demo --model HuggingFaceTB/SmolLM2-135M-Instruct --tokens 512")
+    epilog=examples("patchattn demo", "patchattn demo --model HuggingFaceTB/SmolLM2-135M-Instruct --tokens 512")
 )
 def demo(
     model: Annotated[str | None, typer.Option(help="A real decoder model instead of the tiny one.")] = None,
@@ -318,17 +311,12 @@ def demo(
     from .demo import run
 
     report = run(None if model is None else _load(model, "float32", "cpu", None, False), tokens)
-    _print(report.to_dict(), as_json, report)
+    show(report.to_dict(), as_json, report)
     if not report.passed:
         raise typer.Exit(FAILED)
 
 
 # ---- what the commands share -------------------------------------------------------------------------------
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
@@ -337,7 +325,7 @@ def _wrong_usage(hint: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise typer.BadParameter(_one_line(error), param_hint=hint) from error
+        raise typer.BadParameter(one_line(error), param_hint=hint) from error
 
 
 def _what(method: list[str] | None, plan: str | None, layers: str | None) -> Any:
@@ -384,7 +372,7 @@ def _opening(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RuntimeError(f"cannot open {name!r}: {_one_line(error)}") from error
+        raise RuntimeError(f"cannot open {name!r}: {one_line(error)}") from error
 
 
 def _check_output(folder: Path, force: bool) -> None:
@@ -429,21 +417,3 @@ def _patch_text(result: dict[str, Any]) -> str:
         lines.append(f"  {methods} on {len(entry['layers'])} layers, {entry['layers'][0]} to {entry['layers'][-1]}")
     lines.append(f"  new parameters: {result['parameters']:,}")
     return "\n".join([*lines, *(_file_line(file) for file in result["files"])])
-
-
-def _print(data: Any, as_json: bool, content: Any) -> None:
-    """Data as JSON, or the same for people."""
-    if as_json:
-        print(json.dumps(data, indent=2))
-    else:
-        _console().print(content, highlight=False, markup=False, soft_wrap=isinstance(content, str))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    from .tables import TEXT_WIDTH
-
-    # A pipe has no width: take one that does not fold the tables.
-    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=TEXT_WIDTH if piped else None)
