@@ -41,6 +41,7 @@ class Attachment:
         self.context: AttentionContext | None = None  # between the pre-hook and the attention call
         self.captured: dict[str, Tensor] = {}
         self.model_inputs: ModelInputs | None = None
+        self.around: Callable[[AttentionContext], Tensor] | None = None  # a training stage that stands in between
         self.calls = 0
         self.base_ran: str | None = None  # what `attend` last ran below the methods; not counted when compiled
         self.last_cache: Any = None
@@ -249,6 +250,36 @@ class AttentionContext:
             out = self._base()
         self.q, self.k, self.v = kept
         return out
+
+    def base(self) -> Tensor:
+        """What the unpatched model computes here: `[B, T, H, D]`, without gradients."""
+        with torch.no_grad():
+            return self._base()
+
+    @torch.no_grad()
+    def base_weights(self, first: int, last: int) -> Tensor:
+        """The base attention's softmax weights of the queries `first` to `last`: `[B, H, last - first, S]`, float32."""
+        q, k = self.q[:, :, first:last], self.k
+        if self.attachment.raw and self.position_embeddings is not None:
+            keys = torch.arange(k.shape[2], device=k.device)[None] + self.key_offset
+            q, k = self.rotate(self.q)[:, :, first:last], self.rotate(k, keys)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        keep = self.mask.keep(first, last, k.shape[2], self.past_length, self.key_offset, q.device)
+        scores = scores.masked_fill(~keep, float("-inf"))
+        if self.sinks is not None:
+            sinks = self.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+        return scores.softmax(dim=-1).nan_to_num(0.0)  # a row that reads nothing
+
+    def transfer_loss(self, target: Tensor, kind: str) -> Tensor:
+        """How far the methods on this layer are from the base attention's output `target`: the outermost one's loss."""
+        self._depth = 1
+        loss = self.attachment.methods[0].transfer_loss(self, target, kind)
+        self._depth = 0
+        return loss
 
     def _base(self) -> Tensor:
         attachment = self.attachment

@@ -99,6 +99,7 @@ class Method(nn.Module):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings that `inspect` shows beside each other
     exact: ClassVar[bool] = False  # computes what the unpatched model computes, for every setting
     example: ClassVar[dict[str, Any]] = {}  # settings that make sense on a toy model of a few dozen tokens
+    transfer_kinds: ClassVar[tuple[str, ...]] = ("output",)  # losses it can be transferred with, its own choice first
 
     def __init__(self, config: MethodConfig | None = None, **fields: Any) -> None:
         super().__init__()
@@ -130,6 +131,34 @@ class Method(nn.Module):
     def forward(self, ctx: AttentionContext) -> Tensor:
         """Attention of one layer: `[B, T, H, D]`, before the output projection."""
         raise TypeError(f"{type(self).__name__} defines no forward(ctx)")
+
+    def transfer_loss(self, ctx: AttentionContext, target: Tensor, kind: str) -> Tensor:
+        """How far this method is from the base attention, whose output is `target` `[B, T, H, D]`.
+
+        Args:
+            kind: one of `transfer_kinds`: "output" compares outputs, "map" attention maps (see `attention_map`),
+                "block_map" maps of block maxima (see `block_map`).
+        """
+        from . import losses
+
+        if kind == "output":
+            return losses.output_error(self(ctx), target, ctx.mask)
+        if kind == "map":
+            return losses.map_cross_entropy(ctx, self.attention_map)
+        scores, block_size = self.block_map(ctx)
+        return losses.block_map_divergence(ctx, scores, block_size)
+
+    def attention_map(self, ctx: AttentionContext, first: int, last: int) -> Tensor:
+        """This method's own attention weights of the queries `first` to `last`: `[B, H, last - first, S]`."""
+        raise TypeError(f"{type(self).__name__} has no attention map")
+
+    def block_map(self, ctx: AttentionContext) -> tuple[Tensor, int]:
+        """Scores before the softmax for blocks of queries and keys `[B, H or G, N, M]`, and the block's size."""
+        raise TypeError(f"{type(self).__name__} has no block map")
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Further loss terms of the last forward while training, by name: load balance, sparsity, ..."""
+        return {}
 
     def report(self) -> dict[str, Any]:
         """What happened in the last call, for `patchattn.explain`."""

@@ -51,7 +51,7 @@ class ModelSpec:
     revision: str | None = setting("branch, tag or commit of the repository", None)
     dtype: str = setting("of the weights", "float32", allowed=("auto", "float32", "bfloat16", "float16"))
     trust_remote_code: bool = setting("allow code from the model's repository", False)
-    scheduler: dict[str, Any] | None = setting("a new diffusion model's noise schedule (diffusers' DDPMScheduler)", None)
+    scheduler: dict[str, Any] | None = setting("noise schedule of a diffusion model (diffusers' DDPMScheduler)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class ImageSource(Source):
     shift: int = setting("pixels by which training images are moved at random", 0, least=0)
     flip: bool = setting("mirror training images at random", False)
     question: str = setting("asked about each image (image-text)", "Which digit is this?")
-    names: list[str] | None = setting("the answers, class by class; default: the data set's names, else 0, 1, ...", None)
+    names: list[str] | None = setting("the answers, class by class; default: the data set's names or 0, 1, ...", None)
     limit: int | None = setting("images to take at most", None, least=1)
 
 
@@ -239,6 +239,8 @@ class Recipe:
     data: DataSpec = setting("what it is trained on")
     stages: list[Stage] = setting("how, one after the other")
     output: str = setting("folder of the result; the same folder goes on where a run stopped")
+    save_dtype: str | None = setting("of the saved weights; null: as they were trained", None,
+                                     allowed=("float32", "bfloat16", "float16"))  # fmt: skip
     about: str = setting("one line for `patchattn recipes list`", "")
     patch: Any = setting("methods, or {layers: methods}; as for patchattn.patch", None)
     budget: Budget = setting("when to stop early", Budget())

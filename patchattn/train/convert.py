@@ -1,0 +1,342 @@
+"""Run a recipe: open, patch, train stage by stage, save; and go on where an earlier run stopped.
+
+OUTPUT/
+  recipe.yaml        the exact recipe
+  conversion.json    versions, machine, seeds, data fingerprints, what each stage took and gave
+  metrics.jsonl      everything that was logged; curves.png shows it
+  training/          checkpoints and the results of finished stages; removed at the end
+  ...                the patch, or the whole model where the base was trained too
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..environment import environment
+from .callbacks import METRICS, MetricsCallback, Stop, StopCallback, last_values
+from .recipe import fingerprint, to_yaml
+from .schema import DataSpec, IdentifyHeads, Recipe, Stage
+
+TRAINING = "training"
+RESULT = "result.safetensors"
+REPORT = "conversion.json"
+
+
+class Stopped(RuntimeError):
+    """The run ended early, in good order; the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion left: the folder, and the report that stands in its conversion.json."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def convert(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Outcome:
+    """Run `recipe`, or the rest of it, and return what it gave.
+
+    Args:
+        say: called with a line for people at each step on the way.
+
+    Raises:
+        Stopped: after SIGINT, SIGTERM or a spent budget, once a checkpoint is written.
+    """
+    return _Conversion(recipe, say).run()
+
+
+class _Conversion:
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        from accelerate import PartialState
+
+        self.recipe, self.folder = recipe, Path(recipe.output)
+        self.training, self.report_file = self.folder / TRAINING, self.folder / REPORT
+        self.process = PartialState()
+        self.say = say if self.process.is_main_process else lambda line: None
+        self.stop = Stop(recipe.budget.hours)
+        self.adapters: Any = None
+
+    def run(self) -> Outcome:
+        self._claim_folder()
+        report = self._report()
+        if report.get("finished"):
+            self.say(f"{self.folder} is finished; name another output to run it again")
+            return Outcome(self.folder, report)
+        with self.stop.listening():
+            self._open(len(report["stages"]))
+            for index in range(len(report["stages"]), len(self.recipe.stages)):
+                sharded = self._train(index)
+                if sharded and index + 1 < len(self.recipe.stages):
+                    self._open(index + 1)
+            report = self._finish()
+        return Outcome(self.folder, report)
+
+    # ---- the folder ----------------------------------------------------------------------------------------
+
+    def _claim_folder(self) -> None:
+        """Write the recipe into an empty folder, or make sure that this is the folder of the same recipe."""
+        mark = fingerprint(self.recipe)
+        if self.folder.is_file():
+            raise FileExistsError(f"output {self.folder} is a file; name a folder")
+        if self.process.is_main_process:
+            if self.report_file.is_file():
+                self._require_same(mark)
+            elif self.folder.is_dir() and any(self.folder.iterdir()):
+                raise FileExistsError(f"output {self.folder} is not empty and holds no conversion; name another folder")
+            else:
+                self.training.mkdir(parents=True)
+                (self.folder / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
+                self._write_report({"fingerprint": mark, "patchattn": __version__, "environment": environment(),
+                                    "seed": self.recipe.seed, "processes": self.process.num_processes,
+                                    "data": {}, "stages": [], "finished": False})  # fmt: skip
+        self.process.wait_for_everyone()
+        if not self.report_file.is_file():
+            raise FileNotFoundError(f"process {self.process.process_index} does not see {self.folder}; "
+                                    "all processes need the same file system")  # fmt: skip
+
+    def _require_same(self, mark: str) -> None:
+        if self._report()["fingerprint"] != mark:
+            raise ValueError(
+                f"output {self.folder} holds a run of another recipe (see its recipe.yaml); name another output, or "
+                "remove the folder"
+            )
+
+    def _report(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self.report_file.read_text(encoding="utf-8"))
+        return values
+
+    def _write_report(self, report: dict[str, Any]) -> None:
+        written = self.report_file.with_suffix(".tmp")
+        written.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        written.replace(self.report_file)
+
+    # ---- the model -----------------------------------------------------------------------------------------
+
+    def _open(self, done: int) -> None:
+        """The model as the first `done` stages left it."""
+        from transformers import set_seed
+
+        from .opening import open_recipe
+        from .stages import finish, prepare
+
+        opened = open_recipe(self.recipe, self.training)
+        self.model, self.processor, self.task = opened.model, opened.processor, opened.task
+        for index in range(done):
+            stage = self.recipe.stages[index]
+            set_seed(self.recipe.seed + index)
+            prepared = prepare(self.model, stage, self.task)
+            _load(prepared.model, self._stage_folder(index) / RESULT)
+            self.model, self.adapters = finish(prepared, stage)
+            self.say(f"stage {index} {stage.kind}: done before")
+
+    def _stage_folder(self, index: int) -> Path:
+        return self.training / f"stage-{index}-{self.recipe.stages[index].kind}"
+
+    # ---- one stage -----------------------------------------------------------------------------------------
+
+    def _train(self, index: int) -> bool:
+        """Train one stage; returns whether the model was cut up over processes and must be opened again."""
+        from transformers import set_seed
+
+        from .stages import finish, prepare
+        from .trainer import ConversionTrainer, NotFinite, last_checkpoint
+
+        stage, folder = self.recipe.stages[index], self._stage_folder(index)
+        set_seed(self.recipe.seed + index)
+        prepared = prepare(self.model, stage, self.task)
+        args = self._arguments(stage, folder)
+        data = self._data(stage, args)
+        unit, per_step = self._units(stage, args)
+        trainer = ConversionTrainer(
+            model=prepared.model, args=args, objective=prepared.objective, task=self.task, rates=stage.rates,
+            train_dataset=data.train, eval_dataset=data.held_out, data_collator=data.collate,
+        )  # fmt: skip
+        stopping = StopCallback(self.stop, trainer.accelerator, getattr(prepared.objective, "before_step", None))
+        metrics = MetricsCallback(self.folder, index, stage.kind, per_step, unit)
+        _replace_progress(trainer, stopping, metrics)
+        learning = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+        self.say(f"stage {index} {stage.kind}: {args.max_steps} steps, {learning:,} parameters learn")
+        checkpoint = last_checkpoint(folder) if self.process.is_main_process or folder.is_dir() else None
+        self.process.wait_for_everyone()
+        if checkpoint is not None:
+            self.say(f"stage {index} {stage.kind}: goes on from {checkpoint.name}")
+        start = time.perf_counter()
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except NotFinite as error:
+            kept = last_checkpoint(folder)
+            where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written before"
+            raise NotFinite(f"stage {index} {stage.kind}: {error}; try a lower learning_rate, or float32; "
+                            f"{where}") from error  # fmt: skip
+        if stopping.stopped:
+            raise Stopped(f"{self.stop.reason or 'another process was stopped'} at step "
+                          f"{trainer.state.global_step} of {args.max_steps} in stage {index} {stage.kind}; "
+                          "the same command goes on from there")  # fmt: skip
+        if data.held_out is not None and trainer.state.log_history[-2:] and args.max_steps % (args.eval_steps or 1):
+            trainer.evaluate()
+        self._keep(trainer, index, stage, time.perf_counter() - start, metrics.rate(args.max_steps), unit, data)
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if not sharded:
+            self.model, self.adapters = finish(prepared, stage)
+        trainer.accelerator.free_memory()
+        _forget_accelerator()
+        return sharded
+
+    def _keep(self, trainer: Any, index: int, stage: Stage, seconds: float, rate: float, unit: str, data: Any) -> None:
+        """Write what the stage learned, then that it is done; its checkpoints are no longer needed."""
+        from safetensors.torch import save_file
+
+        folder = self._stage_folder(index)
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        if self.process.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trainer.learned(state), folder / f"{RESULT}.tmp")
+            (folder / f"{RESULT}.tmp").replace(folder / RESULT)
+            report = self._report()
+            report["data"][str(index)] = data.fingerprints
+            report["stages"].append({
+                "kind": stage.kind, "steps": trainer.state.global_step, "seconds": round(seconds, 1),
+                f"{unit}_per_second": round(rate, 1), "peak_memory_mib": _peak_memory(),
+                "learned_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+                "last": last_values(self.folder / METRICS),
+            })  # fmt: skip
+            self._write_report(report)
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        self.process.wait_for_everyone()
+
+    def _arguments(self, stage: Stage, folder: Path) -> Any:
+        from .trainer import arguments
+
+        given = {**self.recipe.trainer, **stage.trainer}
+        accumulation = given.get("gradient_accumulation_steps", 1)
+        batch = stage.batch_size * accumulation * self.process.num_processes
+        steps = stage.steps or math.ceil((stage.tokens or 1) / (batch * self._length(stage)))
+        interval = math.ceil(steps / 5)
+        ours = {
+            "max_steps": steps, "learning_rate": stage.learning_rate, "seed": self.recipe.seed,
+            "per_device_train_batch_size": stage.batch_size, "per_device_eval_batch_size": stage.batch_size,
+            "lr_scheduler_type": "cosine", "warmup_steps": math.ceil(steps / 20), "logging_steps": max(1, steps // 50),
+            "logging_first_step": True, "eval_strategy": "steps", "eval_steps": interval, "eval_on_start": True,
+            "save_strategy": "steps", "save_steps": interval, "save_total_limit": 2, "report_to": "none",
+            "use_cpu": not torch.accelerator.is_available(),
+        }  # fmt: skip
+        return arguments(folder, **{**ours, **given})
+
+    def _length(self, stage: Stage) -> int:
+        return stage.length or self._data_spec(stage).length
+
+    def _data_spec(self, stage: Stage) -> DataSpec:
+        return stage.data or self.recipe.data
+
+    def _data(self, stage: Stage, args: Any) -> Any:
+        from .data import open_data
+
+        spec = self._data_spec(stage)
+        batch = stage.batch_size * args.gradient_accumulation_steps * self.process.num_processes
+        if isinstance(stage, IdentifyHeads):
+            spec = replace(spec, packing=False)
+        return open_data(
+            spec, task=self.recipe.model.task, processor=self.processor, length=self._length(stage),
+            seed=self.recipe.seed, samples=args.max_steps * batch, cache=self.training / "data",
+            model_config=self.model.config,
+        )  # fmt: skip
+
+    def _units(self, stage: Stage, args: Any) -> tuple[str, int]:
+        """What speed is counted in, and how many of it a step takes."""
+        samples = stage.batch_size * args.gradient_accumulation_steps * self.process.num_processes
+        return ("tokens", samples * self._length(stage)) if self.task.token_level else ("images", samples)
+
+    # ---- the end -------------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        from .stages import changes_base
+
+        report = self._report()
+        if len(report["stages"]) == len(self.recipe.stages) and getattr(self, "model", None) is None:
+            self._open(len(report["stages"]))
+        if self.process.is_main_process:
+            whole = self.recipe.model.config is not None or self.recipe.model.vision is not None
+            whole = whole or any(changes_base(stage) for stage in self.recipe.stages)
+            self._save(whole)
+            from .curves import draw
+
+            draw(self.folder)
+            report |= {"finished": True, "whole_model": whole, "last": last_values(self.folder / METRICS)}
+            self._write_report(report)
+            shutil.rmtree(self.training, ignore_errors=True)
+        self.process.wait_for_everyone()
+        self.say(f"wrote {self.folder}")
+        return self._report()
+
+    def _save(self, whole: bool) -> None:
+        from ..hub import save
+        from ..record import patch_of
+
+        model: Any = self.model
+        if self.recipe.save_dtype is not None:
+            model = model.to(getattr(torch, self.recipe.save_dtype))
+        if self.adapters is not None:
+            self.adapters.save_pretrained(self.folder / "adapter")
+        if whole or patch_of(model) is None:
+            model.save_pretrained(self.folder)
+            if self.processor is not None:
+                self.processor.save_pretrained(self.folder)
+            if getattr(self.task, "scheduler", None) is not None:
+                self.task.scheduler.save_pretrained(self.folder / "scheduler")
+        else:
+            save(model, self.folder, results=self._results())
+
+    def _results(self) -> dict[str, float]:
+        found = last_values(self.folder / METRICS)
+        return {"held-out loss": round(found["eval_loss"], 4)} if "eval_loss" in found else {}
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, so the run cannot go on; remove the output folder to begin again")
+    result = model.load_state_dict(load_file(file), strict=False)
+    if result.unexpected_keys:
+        raise ValueError(f"{file} holds {result.unexpected_keys[0]!r}, which the model of this recipe has not")
+
+
+def _replace_progress(trainer: Any, *callbacks: Any) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+
+def _forget_accelerator() -> None:
+    """Let the next stage's Trainer set up accelerate anew, on the same processes."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def _peak_memory() -> int:
+    """The most memory that this process, or its accelerator, has held so far, in MiB."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)

@@ -1,0 +1,205 @@
+"""What a stage minimises: named terms, each already weighted, whose sum is the loss of a batch.
+
+An objective is called with the model, as the Trainer wrapped it, and a batch. `share` is the part that a batch's mean
+has in the whole optimizer step; `count` the number of targets in that step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import duo
+from ..living import disabled
+from ..record import attachment_of, patch_of, record_of, root_of
+
+if TYPE_CHECKING:
+    from ..context import AttentionContext
+    from .schema import AttentionTransfer, IdentifyHeads, Trained
+    from .tasks import Batch, Task
+
+Terms = dict[str, Tensor]
+Backward = Callable[[Tensor], None]
+
+
+class Transfer:
+    """Every patched layer learns what the base attention gives on the same input; the base's output goes on.
+
+    So the layers train independently of each other and the base takes no part in the backward pass. With
+    `layerwise`, a layer's gradients are computed as soon as its loss is, and its graph is freed.
+    """
+
+    replicated = True  # the patch is whole on every process and its gradients are averaged by the Trainer
+
+    def __init__(self, model: nn.Module, task: Task, stage: AttentionTransfer) -> None:
+        self.root, self.task, self.layerwise = root_of(model), task, stage.layerwise
+        self.sites = record_of(self.root).patched
+        self.kinds = [_transfer_kind(attachment_of(site.module).methods[0], stage.loss) for site in self.sites]
+        self.losses: list[Tensor] | None = None  # of the forward that is going on
+        self.backward: Backward | None = None
+        self.share = 1.0
+
+    def __call__(self, model: nn.Module, batch: Batch, share: float, count: Any, backward: Backward | None) -> Terms:
+        inputs = without_head(self.root, self.task.inputs(batch))
+        self.losses, self.share = [], share / len(self.sites)
+        self.backward = backward if self.layerwise else None
+        try:
+            with self._attached():
+                self.root(**inputs)
+            return {"transfer": torch.stack(self.losses).sum()}
+        finally:
+            self.losses = self.backward = None
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        for site, kind in zip(self.sites, self.kinds):
+            attachment_of(site.module).around = self._around(kind)
+        try:
+            yield
+        finally:
+            for site in self.sites:
+                attachment_of(site.module).around = None
+
+    def _around(self, kind: str) -> Callable[[AttentionContext], Tensor]:
+        losses = self.losses
+        assert losses is not None
+
+        def attention(ctx: AttentionContext) -> Tensor:
+            target = ctx.base()
+            loss = ctx.transfer_loss(target, kind) * self.share
+            if self.backward is not None:
+                self.backward(loss)
+                loss = loss.detach()
+            losses.append(loss)
+            return target
+
+        return attention
+
+
+def without_head(root: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs, for a forward whose logits nobody reads."""
+    takes = inspect.signature(type(root).forward).parameters
+    return {**inputs, "logits_to_keep": 1} if "logits_to_keep" in takes else inputs
+
+
+def _transfer_kind(method: Any, wanted: str) -> str:
+    kinds = method.transfer_kinds
+    if wanted != "auto" and wanted not in kinds:
+        raise ValueError(
+            f"attention_transfer: loss is {wanted!r}; {method.name} can be transferred with {', '.join(kinds)}"
+        )
+    return kinds[0] if wanted == "auto" else wanted
+
+
+class EndToEnd:
+    """The patched model as a whole: its task, what the base model says, and what the methods add."""
+
+    replicated = False
+
+    def __init__(self, model: nn.Module, task: Task, stage: Trained) -> None:
+        self.model, self.task, self.stage = model, task, stage
+        self.weights = {**(stage.losses or stage.DEFAULT_LOSSES)}
+        self.distils = any(self.weights.get(term, 0) for term in ("logits", "hidden"))
+        self.hidden = bool(self.weights.get("hidden", 0))
+        root = root_of(model)
+        self.methods = [method for site in _patched(root) for method in attachment_of(site.module).methods]
+
+    def __call__(self, model: nn.Module, batch: Batch, share: float, count: Any, backward: Backward | None) -> Terms:
+        inputs = self.task.inputs(batch)
+        if self.hidden:
+            inputs["output_hidden_states"] = True
+        teacher = self._teach(inputs) if self.distils else None
+        outputs = model(**inputs)
+        prediction = self.task.prediction(outputs)
+        terms = {}
+        if self.weights.get("task"):
+            terms["task"] = self.task.loss(prediction, batch) / count
+        if teacher is not None:
+            chosen = self.task.targets(batch, self.stage.on)
+            if self.weights.get("logits"):
+                terms["logits"] = self._divergence(prediction, self.task.prediction(teacher), chosen) * share
+            if self.hidden:
+                terms["hidden"] = _error(outputs.hidden_states[-1], teacher.hidden_states[-1], chosen) * share
+        if self.weights.get("auxiliary"):
+            for name, values in self._auxiliary().items():
+                terms[name] = torch.stack(values).mean() * share * self.weights["auxiliary"]
+        return {name: term * self.weights.get(name, 1.0) for name, term in terms.items()}
+
+    @torch.no_grad()
+    def _teach(self, inputs: dict[str, Any]) -> Any:
+        """The same weights without the patch and without adapters."""
+        root, training = root_of(self.model), self.model.training
+        self.model.eval()
+        try:
+            with contextlib.ExitStack() as stack:
+                if _patched(root):
+                    stack.enter_context(disabled(root))
+                if hasattr(self.model, "disable_adapter"):
+                    stack.enter_context(self.model.disable_adapter())
+                return root(**inputs)
+        finally:
+            self.model.train(training)
+
+    def _divergence(self, own: Tensor, teacher: Tensor, chosen: Tensor | None) -> Tensor:
+        """KL of the student from the teacher; for predictions that are no logits, the mean squared error."""
+        if self.task.names == ("denoising",):
+            return _error(own, teacher, None)
+        own, teacher = own.float() / self.stage.temperature, teacher.float() / self.stage.temperature
+        if self.stage.top_k is not None:
+            teacher, places = teacher.topk(min(self.stage.top_k, teacher.shape[-1]), dim=-1)
+            own = own.gather(-1, places)
+        if chosen is not None:
+            own, teacher = own[chosen], teacher[chosen]
+        divergence = functional.kl_div(
+            own.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True
+        ).sum(dim=-1)
+        return divergence.mean() * self.stage.temperature**2
+
+    def _auxiliary(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for method in self.methods:
+            for name, value in method.auxiliary_losses().items():
+                found.setdefault(name, []).append(value)
+        return found
+
+
+def _error(own: Tensor, teacher: Tensor, chosen: Tensor | None) -> Tensor:
+    error = (own.float() - teacher.float()).square()
+    return error.mean() if chosen is None else error[chosen].mean()
+
+
+def _patched(root: nn.Module) -> list[Any]:
+    patch = patch_of(root)
+    return [] if patch is None else patch.patched
+
+
+class HeadSearch:
+    """DuoAttention's identification: gates that mix full and streaming attention, distilled under an L1 term."""
+
+    replicated = False
+    rate_factor = staticmethod(duo.rate_factor)  # the published schedule
+
+    def __init__(self, model: nn.Module, task: Task, stage: IdentifyHeads) -> None:
+        self.root, self.penalty = root_of(model), stage.penalty
+        sites = record_of(self.root).patched
+        self.gates: list[nn.Parameter] = [attachment_of(site.module).methods[0].gates for site in sites]
+
+    def __call__(self, model: nn.Module, batch: Batch, share: float, count: Any, backward: Backward | None) -> Terms:
+        # The first half of the rows is the teacher. Padding stands at the end, where no labelled token sees it.
+        labels = batch["labels"]
+        inputs = {"input_ids": batch["input_ids"].repeat(2, 1), "use_cache": False, "output_hidden_states": True}
+        outputs = model(**without_head(self.root, inputs))
+        distilled = duo.distill_loss(outputs.hidden_states[-1], labels)
+        size = torch.cat([gate.abs() for gate in self.gates]).mean()
+        return {"distill": distilled * share, "size": self.penalty * size * share}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        for gate in self.gates:
+            gate.clamp_(0, 1)
