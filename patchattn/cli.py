@@ -17,6 +17,7 @@ from .terminal import FAILED, Json, examples, one_line, show, show_error
 if TYPE_CHECKING:
     from torch import nn
 
+BUDGET_SPENT = 3
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 app = typer.Typer(
@@ -297,6 +298,41 @@ def env(as_json: Json = False) -> None:
         shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
         add_row(rows, name, shown if not isinstance(value, list) else ", ".join(map(str, value)) or None)
     show(None, False, rows)
+
+
+@app.command(
+    epilog=examples(
+        "patchattn convert gated_attention/lab-llama output=my-conversion",
+        "patchattn convert my-recipe.yaml model=Qwen/Qwen3-0.6B stages.0.steps=500",
+        "accelerate launch --config_file fsdp2.yaml -m patchattn convert my-recipe.yaml",
+    )
+)
+def convert(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a shipped one.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Other values, by their place in the recipe.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: patch, train, save. The same command again goes on where a run stopped.
+
+    Exit codes: 130 or 143 after SIGINT or SIGTERM, 3 when the recipe's budget of hours is spent.
+    """
+    from .train.recipe import load_recipe
+
+    with _wrong_usage("RECIPE"):
+        checked = load_recipe(recipe, overrides or ())
+    from .train.convert import Stopped
+    from .train.convert import convert as run
+
+    try:
+        outcome = run(checked, say=lambda line: print(line, file=sys.stderr))
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        raise typer.Exit(BUDGET_SPENT if stopped.signal is None else 128 + stopped.signal) from stopped
+    from .train.convert import summary
+
+    show(outcome.report, as_json, summary(outcome))
 
 
 @app.command(

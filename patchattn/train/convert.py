@@ -29,6 +29,7 @@ from ..environment import environment
 from .callbacks import METRICS, MetricsCallback, Stop, StopCallback, last_values
 from .recipe import fingerprint, to_yaml
 from .schema import DataSpec, IdentifyHeads, Recipe, Stage
+from .tasks import Denoising
 
 TRAINING = "training"
 RESULT = "result.safetensors"
@@ -36,7 +37,11 @@ REPORT = "conversion.json"
 
 
 class Stopped(RuntimeError):
-    """The run ended early, in good order; the same command goes on."""
+    """The run ended early, in good order, by a signal or because its budget was spent; the same command goes on."""
+
+    def __init__(self, text: str, signal: int | None) -> None:
+        super().__init__(text)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class _Conversion:
         if stopping.stopped:
             raise Stopped(f"{self.stop.reason or 'another process was stopped'} at step "
                           f"{trainer.state.global_step} of {args.max_steps} in stage {index} {stage.kind}; "
-                          "the same command goes on from there")  # fmt: skip
+                          "the same command goes on from there", self.stop.signal)  # fmt: skip
         if data.held_out is not None and trainer.state.log_history[-2:] and args.max_steps % (args.eval_steps or 1):
             trainer.evaluate()
         self._keep(trainer, index, stage, time.perf_counter() - start, metrics.rate(args.max_steps), unit, data)
@@ -297,7 +302,7 @@ class _Conversion:
             model.save_pretrained(self.folder)
             if self.processor is not None:
                 self.processor.save_pretrained(self.folder)
-            if getattr(self.task, "scheduler", None) is not None:
+            if isinstance(self.task, Denoising):
                 self.task.scheduler.save_pretrained(self.folder / "scheduler")
         else:
             save(model, self.folder, results=self._results())
@@ -305,6 +310,21 @@ class _Conversion:
     def _results(self) -> dict[str, float]:
         found = last_values(self.folder / METRICS)
         return {"held-out loss": round(found["eval_loss"], 4)} if "eval_loss" in found else {}
+
+
+def summary(outcome: Outcome) -> Any:
+    """What each stage took and gave, as a table for people."""
+    from ..tables import add_row, table
+
+    rows = table("stage", "steps", "seconds", "speed", "peak memory", "loss", "held-out loss")
+    for stage in outcome.report["stages"]:
+        speed = next(f"{value:,.0f} {name[: -len('_per_second')]}/s" for name, value in stage.items()
+                     if name.endswith("_per_second"))  # fmt: skip
+        losses = [f"{stage['last'][name]:.4g}" if name in stage["last"] else None for name in ("loss", "eval_loss")]
+        add_row(
+            rows, stage["kind"], stage["steps"], stage["seconds"], speed, f"{stage['peak_memory_mib']:,} MiB", *losses
+        )
+    return rows
 
 
 def _load(model: nn.Module, file: Path) -> None:

@@ -103,7 +103,8 @@ class EndToEnd:
     replicated = False
 
     def __init__(self, model: nn.Module, task: Task, stage: Trained) -> None:
-        self.model, self.task, self.stage = model, task, stage
+        self.model: Any = model
+        self.task, self.stage = task, stage
         self.weights = {**(stage.losses or stage.DEFAULT_LOSSES)}
         self.distils = any(self.weights.get(term, 0) for term in ("logits", "hidden"))
         self.hidden = bool(self.weights.get("hidden", 0))
@@ -188,7 +189,8 @@ class HeadSearch:
     def __init__(self, model: nn.Module, task: Task, stage: IdentifyHeads) -> None:
         self.root, self.penalty = root_of(model), stage.penalty
         sites = record_of(self.root).patched
-        self.gates: list[nn.Parameter] = [attachment_of(site.module).methods[0].gates for site in sites]
+        methods: list[Any] = [attachment_of(site.module).methods[0] for site in sites]
+        self.gates: list[nn.Parameter] = [method.gates for method in methods]
 
     def __call__(self, model: nn.Module, batch: Batch, share: float, count: Any, backward: Backward | None) -> Terms:
         # The first half of the rows is the teacher. Padding stands at the end, where no labelled token sees it.

@@ -92,7 +92,7 @@ def _with_adapters(model: nn.Module, stage: Lora) -> nn.Module:
     except ImportError as error:
         raise ImportError("a lora stage needs peft; install it with: pip install 'patchattn[train]'") from error
     config = LoraConfig(r=stage.rank, lora_alpha=stage.alpha, lora_dropout=stage.dropout, target_modules=stage.targets)
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    wrapped = get_peft_model(model, config)
     if stage.patch and patch_of(model) is not None:
         for parameter in patch_parameters(model).values():
             parameter.requires_grad_(True)

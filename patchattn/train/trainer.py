@@ -36,6 +36,9 @@ class ConversionTrainer(Trainer):
     holds only what learns; a loss that is no number stops the run.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *args: Any, objective: Objective, task: Task, rates: Mapping[str, float], **kwargs: Any) -> None:
         self.objective, self.task, self.rates = objective, task, dict(rates)
         self._terms: dict[str, Tensor] = {}
