@@ -28,7 +28,7 @@ from .. import __version__
 from ..environment import environment
 from .callbacks import METRICS, MetricsCallback, Stop, StopCallback, last_values
 from .recipe import fingerprint, to_yaml
-from .schema import DataSpec, IdentifyHeads, Recipe, Stage
+from .schema import AttentionTransfer, DataSpec, IdentifyHeads, Recipe, Stage
 from .tasks import Denoising
 
 TRAINING = "training"
@@ -229,6 +229,8 @@ class _Conversion:
         from .trainer import arguments
 
         given = {**self.recipe.trainer, **stage.trainer}
+        if isinstance(stage, AttentionTransfer):  # it keeps no graph of the model; `layerwise` saves the methods' own
+            given.pop("gradient_checkpointing", None)
         accumulation = given.get("gradient_accumulation_steps", 1)
         batch = stage.batch_size * accumulation * self.process.num_processes
         steps = stage.steps or math.ceil((stage.tokens or 1) / (batch * self._length(stage)))
