@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .documents import fingerprint_file
+from .packing import IGNORED
 from .schema import ImageSource
 
-IGNORED = -100
 UNLABELLED = 0.1  # share of training samples of the null class, which classifier-free guidance needs
 TIMESTEPS = 1000  # of diffusers' noise schedules, unless they say otherwise
 

@@ -106,7 +106,7 @@ def _new_model(spec: ModelSpec, processor: Any) -> tuple[nn.Module, Any]:
 
 def _joined(spec: ModelSpec, tokenizer: Any) -> tuple[nn.Module, Any]:
     from ..loading import load_model
-    from .images import join_llava
+    from .llava import join_llava
 
     assert spec.name is not None and spec.vision is not None
     language = load_model(spec.name, dtype=spec.dtype, revision=spec.revision)
