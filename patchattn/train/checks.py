@@ -120,8 +120,6 @@ def _tokenizer(path: str, model: Any, recipe: Any) -> Found:
 def _joined(path: str, model: Any, recipe: Any) -> Found:
     if model.vision is not None and model.task != "image-text":
         yield f"{path}.vision", f"it makes an image-text model, and the task is {model.task}; leave it out"
-    if model.vision is not None and model.name is None:
-        yield f"{path}.vision", "it is joined with a pretrained language model; give that as name"
 
 
 @check(schema.ModelSpec)
@@ -135,11 +133,11 @@ def _schedule(path: str, model: Any, recipe: Any) -> Found:
 
 @check(schema.Recipe)
 def _patch(path: str, recipe: Any, _: Any) -> Found:
-    from ..method import as_methods
-
     what = recipe.patch
     if what is None:
         return
+    from ..method import as_methods
+
     plan = what if isinstance(what, dict) and "method" not in what else {None: what}
     if not plan:
         yield "patch", "an empty plan; name a method, or {layers: methods}"
@@ -157,6 +155,8 @@ def _patch(path: str, recipe: Any, _: Any) -> Found:
 def _sources(path: str, data: Any, recipe: Any) -> Found:
     if not data.train:
         yield f"{path}.train", "an empty list; give at least one source"
+    if data.held_out == []:
+        yield f"{path}.held_out", "an empty list; give 0 to hold nothing out"
     if isinstance(data.held_out, float) and not 0 <= data.held_out < 1:
         yield f"{path}.held_out", f"{data.held_out} is not allowed; a share is at least 0 and below 1"
 

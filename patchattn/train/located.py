@@ -106,6 +106,7 @@ def override(root: Located, path: str, value: Located, problems: Problems) -> No
     *parents, last = path.split(".")
     here = root
     for depth, part in enumerate(parents):
+        here = _only(here, part)
         inner = _inside(here, part)
         if inner is None and isinstance(here.value, dict):
             inner = here.value[part] = Located({}, value.place)
@@ -113,6 +114,7 @@ def override(root: Located, path: str, value: Located, problems: Problems) -> No
             problems.add(value.place, path, _nothing_at(".".join(parents[:depth]), here, part))
             return
         here = inner
+    here = _only(here, last)
     if isinstance(here.value, dict):
         here.value[last] = value
     elif isinstance(here.value, list) and last.isdigit() and int(last) < len(here.value):
@@ -126,15 +128,16 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def _only(here: Located, part: str) -> Located:
+    """The one item of a list that has no other, if `part` is no index: `data.train.path` with a single source."""
+    return here.value[0] if isinstance(here.value, list) and len(here.value) == 1 and not part.isdigit() else here
+
+
 def _inside(here: Located, part: str) -> Located | None:
     """What stands at key or index `part`, if anything does."""
     if isinstance(here.value, list):
         return here.value[int(part)] if part.isdigit() and int(part) < len(here.value) else None
-    if not isinstance(here.value, dict):
-        return None
-    if part == "0" and part not in here.value and here.value:
-        return here  # one mapping may stand for a list of one
-    child = here.value.get(part)
+    child = here.value.get(part) if isinstance(here.value, dict) else None
     return None if child is None or child.value is None else child
 
 
@@ -186,12 +189,12 @@ class _Builder:
         make = _VALUES.get(node.tag.removeprefix(_TAG))
         if make is None:
             self.problems.add(place, path, f"the tag {node.tag} is not allowed in a recipe")
-            return None
+            return node.value
         try:
             return make(node.value)
         except ValueError:
             self.problems.add(place, path, f"{node.value!r} is no {node.tag.removeprefix(_TAG)}")
-            return None
+            return node.value
 
     def _place(self, node: yaml.Node) -> Place:
         return self.at(node.start_mark.line + 1)

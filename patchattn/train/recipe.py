@@ -105,10 +105,27 @@ def _tree(path_or_name: str | Path, problems: Problems) -> Located | None:
     if not isinstance(root.value, dict):
         problems.add(root.place, "", f"a recipe is a mapping, `version: {schema.VERSION}` and so on; this is not one")
         return None
+    _spell_out(root)
+    return root
+
+
+def _spell_out(root: Located) -> None:
+    """Short forms as what they stand for, so that overrides find the long ones: a model's name, a list of one."""
     model = root.value.get("model")
     if model is not None and isinstance(model.value, str):
         root.value["model"] = Located({"name": model}, model.place)
-    return root
+    _wrap(root, "stages")
+    stages = root.value.get("stages")
+    for part in (root, *(stages.value if stages is not None and isinstance(stages.value, list) else ())):
+        data = part.value.get("data") if isinstance(part.value, dict) else None
+        for name in ("train", "held_out"):
+            _wrap(data, name)
+
+
+def _wrap(parent: Located | None, name: str) -> None:
+    child = parent.value.get(name) if parent is not None and isinstance(parent.value, dict) else None
+    if child is not None and isinstance(child.value, dict):
+        child.value = [Located(child.value, child.place)]
 
 
 def _override(root: Located, text: str, problems: Problems) -> None:

@@ -124,6 +124,7 @@ class Converter:
         if given is None:
             self.problems.add(node.place, _join(path, "kind"), f"missing; {choose(None, kinds)}")
             return None
+        self.places[_join(path, "kind")] = given.place
         if not isinstance(given.value, str) or given.value not in kinds:
             said = f"{shown(given.plain())} is not allowed; {choose(given.value, kinds)}"
             self.problems.add(given.place, _join(path, "kind"), said)
