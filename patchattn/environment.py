@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -50,3 +51,18 @@ def _devices(torch: Any) -> list[str]:
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
+
+
+def peak_memory() -> int:
+    """The most memory that this process, or its accelerator, has held so far, in bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # `getrusage` would also count the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)

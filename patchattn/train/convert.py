@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +23,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..environment import environment
+from ..environment import environment, peak_memory
 from .callbacks import METRICS, MetricsCallback, Stop, StopCallback, last_values
 from .recipe import fingerprint, to_yaml
 from .schema import AttentionTransfer, DataSpec, IdentifyHeads, Recipe, Stage
@@ -216,7 +214,7 @@ class _Conversion:
             report["data"][str(index)] = data.fingerprints
             report["stages"].append({
                 "kind": stage.kind, "steps": trainer.state.global_step, "seconds": round(seconds, 1),
-                f"{unit}_per_second": round(rate, 1), "peak_memory_mib": _peak_memory(),
+                f"{unit}_per_second": round(rate, 1), "peak_memory_mib": round(peak_memory() / 2**20),
                 "learned_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                 "last": last_values(self.folder / METRICS),
             })  # fmt: skip
@@ -354,11 +352,3 @@ def _forget_accelerator() -> None:
 
     AcceleratorState._reset_state()
     GradientState._reset_state()
-
-
-def _peak_memory() -> int:
-    """The most memory that this process, or its accelerator, has held so far, in MiB."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
