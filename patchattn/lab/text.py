@@ -79,7 +79,7 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, i
     while counted < tokens:
         end = min(start + length, tokens)
         yield start, counted, end
-        counted, start = end, end - (length - stride)
+        counted, start = end, end - max(length - stride, 1)  # its first token is not counted
 
 
 @torch.no_grad()

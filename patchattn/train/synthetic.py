@@ -229,7 +229,7 @@ class Haystack(Generator):
         if self.text is not None:
             texts = read_haystack(self.text)
         else:
-            order = np.random.default_rng(0).integers(len(FILLER), size=4000).tolist()
+            order = np.random.default_rng(0).integers(len(FILLER), size=2000).tolist()
             texts = [" ".join(FILLER[index] for index in order)]
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [token for text in encoded for token in text]
