@@ -61,23 +61,15 @@ class SyntheticReader:
         return said | text.Encoder(self.tokenizer).fingerprint()
 
     def sample(self, index: int, draw: int) -> Sample:
-        room = self.layout.length
-        first = index * room  # a row holds fewer samples than tokens, so that no two rows share any
-        one = self.generator.sample(first)
-        if len(one["input_ids"]) > room:
-            one = self.generator.sample(first, length=room)
-        row = []
-        while (size := len(one["input_ids"])) <= room:
-            row.append(one)
-            room -= size
-            if not self.layout.packing:
+        length = room = self.layout.length
+        first = index * length  # a row holds fewer samples than tokens, so that no two rows share any
+        row: list[Any] = []
+        while room > 1:
+            one = self.generator.sample(first + len(row), length=length)
+            if len(one["input_ids"]) > room:
                 break
-            one = self.generator.sample(first + len(row))
-        if not row:
-            raise ValueError(
-                f"data: {self.source.generator} makes a sample of {size} tokens, and a row has {room}; raise length, or "
-                "lower the generator's options"
-            )
+            row.append(one)
+            room = room - len(one["input_ids"]) if self.layout.packing else 0
         return self._joined(row)
 
     def _joined(self, row: list[Any]) -> Sample:

@@ -144,8 +144,8 @@ class _File:
             yield from READERS[self.path.suffix](self.path, self.source.column, separator)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"data: {self.path} is not UTF-8 ({error.reason}: {error.object[error.start]:#x}); convert it, e.g. with "
-                "iconv -f latin1 -t utf-8"
+                f"data: {self.path} is not UTF-8 ({error.reason}: {error.object[error.start]:#x}); convert it, e.g. "
+                "with iconv -f latin1 -t utf-8"
             ) from None
         except OSError as error:
             raise ValueError(f"data: {self.path} cannot be read: {error}") from error

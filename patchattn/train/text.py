@@ -107,8 +107,8 @@ class ChatEncoder(Encoder):
             if not before or after[: len(before)] != before or ids[: len(after)] != after:
                 raise ValueError(
                     f"data: this tokenizer's chat template does not render message {index} "
-                    f"({str(message['content'])[:40]!r}) as a continuation of those before it, so the assistant's tokens "
-                    "cannot be told; mark them in the template with {% generation %}, or train on all tokens "
+                    f"({str(message['content'])[:40]!r}) as a continuation of those before it, so the assistant's "
+                    "tokens cannot be told; mark them in the template with {% generation %}, or train on all tokens "
                     "(all_tokens: true)"
                 )
             labelled[len(before) : len(after)] = True
