@@ -68,7 +68,7 @@ class _Conversion:
 
         self.recipe, self.folder = recipe, Path(recipe.output)
         self.training, self.report_file = self.folder / TRAINING, self.folder / REPORT
-        self.process = PartialState()
+        self.process = PartialState(cpu=not torch.accelerator.is_available())
         self.say = say if self.process.is_main_process else lambda line: None
         self.stop = Stop(recipe.budget.hours)
         self.adapters: Any = None
@@ -173,8 +173,8 @@ class _Conversion:
         _replace_progress(trainer, stopping, metrics)
         learning = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
         self.say(f"stage {index} {stage.kind}: {args.max_steps} steps, {learning:,} parameters learn")
-        checkpoint = last_checkpoint(folder) if self.process.is_main_process or folder.is_dir() else None
-        self.process.wait_for_everyone()
+        with self.process.main_process_first():  # it removes what was cut short
+            checkpoint = last_checkpoint(folder)
         if checkpoint is not None:
             self.say(f"stage {index} {stage.kind}: goes on from {checkpoint.name}")
         start = time.perf_counter()
