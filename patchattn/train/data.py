@@ -14,12 +14,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from . import packing, text
-from .documents import Documents
 from .packing import IGNORED
 from .schema import ChatSource, DataSpec, ImageSource, Source, SyntheticSource, TextSource
 
 Sample = dict[str, Any]
-TOKENIZER_TEXT = 100_000_000  # characters that a tokenizer is trained on at most
 
 
 class Reader(Protocol):
@@ -265,22 +263,6 @@ def open_data(
             "held_out": [one.fingerprint for one in held_out],
         },
     )
-
-
-def training_texts(sources: list[Source]) -> Iterator[str]:
-    """The text of these sources, for training a tokenizer: the beginning, if there is very much of it."""
-    left = TOKENIZER_TEXT
-    for source in sources:
-        if not isinstance(source, (TextSource, ChatSource)):
-            continue
-        for document in Documents(source):
-            for part in [document] if isinstance(document, str) else [message["content"] for message in document]:
-                if left <= 0:
-                    return
-                yield part[:left]
-                left -= len(part)
-    if left == TOKENIZER_TEXT:
-        raise ValueError("data: a tokenizer is trained on text, and no source of the recipe has any")
 
 
 def _open(

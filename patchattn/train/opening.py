@@ -77,11 +77,11 @@ def _trained_tokenizer(recipe: Recipe, spec: TokenizerSpec, folder: Path) -> Any
     from accelerate import PartialState
     from transformers import AutoTokenizer
 
-    from .text import documents, train_tokenizer
+    from .text import train_tokenizer, training_texts
 
     with PartialState().main_process_first():
         if not (folder / "tokenizer_config.json").is_file():
-            train_tokenizer(spec, documents(recipe.data.train)).save_pretrained(folder)
+            train_tokenizer(spec, training_texts(recipe.data.train)).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

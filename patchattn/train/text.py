@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import packing
 from .documents import Documents
 from .packing import Ints, Rows
-from .schema import ChatSource, TextSource, TokenizerSpec
+from .schema import ChatSource, Source, TextSource, TokenizerSpec
 
 FORMAT = 1  # of the token cache
 BATCH = 1_000_000  # characters that are tokenized at once
@@ -391,6 +391,7 @@ def pad_id(tokenizer: Any) -> int:
 
 # ---- a tokenizer of one's own ------------------------------------------------------------------------------------
 
+TRAINING_TEXT = 100_000_000  # characters that a tokenizer is trained on at most
 END, PAD, IMAGE, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<image>", "<|user|>", "<|assistant|>"
 TEMPLATE = """\
 {{- bos_token -}}
@@ -406,6 +407,22 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
+
+
+def training_texts(sources: list[Source]) -> Iterator[str]:
+    """The text of these sources, for training a tokenizer: the beginning, if there is very much of it."""
+    left = TRAINING_TEXT
+    for source in sources:
+        if not isinstance(source, (TextSource, ChatSource)):
+            continue
+        for document in Documents(source):
+            for part in [document] if isinstance(document, str) else [message["content"] for message in document]:
+                if left <= 0:
+                    return
+                yield part[:left]
+                left -= len(part)
+    if left == TRAINING_TEXT:
+        raise ValueError("data: a tokenizer is trained on text, and no source of the recipe has any")
 
 
 def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> Any:
