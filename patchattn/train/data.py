@@ -56,7 +56,7 @@ class SyntheticReader:
     def fingerprint(self) -> dict[str, Any]:
         source = self.source
         said = {"kind": source.kind, "generator": source.generator, "options": source.options, "seed": self.seed}
-        return said | text.Encoder(self.tokenizer).fingerprint()
+        return said | text.Encoder(self.tokenizer).fingerprint
 
     def sample(self, index: int, draw: int) -> Sample:
         length = room = self.layout.length
@@ -90,7 +90,7 @@ class Plan:
     """Which source each item of a mixture comes from, and how often that source was drawn from before."""
 
     def __init__(self, chosen: Any, sources: int) -> None:
-        self.source = np.asarray(chosen, dtype=np.uint8)
+        self.source = np.asarray(chosen, dtype=np.uint16)
         self.draw = np.empty(len(self.source), dtype=np.int64)
         for index in range(sources):
             mine = self.source == index

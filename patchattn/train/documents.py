@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import itertools
@@ -16,6 +17,7 @@ from .schema import ChatSource, TextSource
 Row = dict[str, Any]
 WHOLE = 256 * 2**20  # files up to this size are hashed whole
 ENDS = 2**20  # of larger ones, this much of head and tail
+NOT_DATA = ("readme", "license", "licence", "notice", "dataset_infos")  # files beside the data
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -50,6 +52,7 @@ class Documents:
         if not found:
             raise ValueError(f"data: {self.source.path} holds no text: {self.missing} documents, all of them empty")
 
+    @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What was read, so that it can be told whether it is still the same."""
         source = self.source
@@ -98,9 +101,10 @@ class Documents:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             return [_Saved(folder, self.source)]
         files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-        kinds = {file.suffix for file in files if file.suffix in READERS and file.name != "dataset_infos.json"}
+        data = [file for file in files if file.suffix in READERS and file.stem.lower() not in NOT_DATA]
+        kinds = {file.suffix for file in data}
         if kinds == {".txt"}:
-            return [_File(file, self.source) for file in files if file.suffix == ".txt"]
+            return [_File(file, self.source) for file in data]
         if ".txt" in kinds:
             raise ValueError(
                 f"data: {folder} holds files of several kinds: {', '.join(sorted(kinds))}; say which with a glob such "
@@ -172,7 +176,7 @@ class _Hub:
                 )
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
                 what = "a folder that" if self.files else "no file or folder, and as a data set of the hub"
-                raise ValueError(f"data: {self.path!r} is {what} cannot be opened: {_first_line(error)}") from error
+                raise ValueError(f"data: {self.path!r} is {what} cannot be opened: {_reason(error)}") from error
         return self._opened
 
     def rows(self) -> Iterator[tuple[str, Row]]:
@@ -211,12 +215,18 @@ class _Saved:
 def _numbered(path: str, rows: Any, column: str) -> Iterator[tuple[str, Row]]:
     if column in (rows.column_names or ()):
         rows = rows.select_columns([column])
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number}", row
+    number = 0
+    try:
+        for number, row in enumerate(rows):
+            yield f"{path}, row {number}", row
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data: {path} cannot be read after row {number}: {_reason(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """An error in one line, with what is behind it."""
+    said = " ".join(str(error).split())[:500] or type(error).__name__
+    return said if error.__cause__ is None else f"{said} ({_reason(error.__cause__)})"
 
 
 def _fingerprint_dataset(dataset: Any) -> dict[str, Any]:
@@ -299,7 +309,7 @@ def _read_csv(path: Path, column: str, separator: str | None) -> Iterator[tuple[
             for number, row in zip(chunk.index, chunk.to_dict("records")):
                 yield f"{path}, row {number}", {str(key): value for key, value in row.items()}
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        raise ValueError(f"data: {path} is not a CSV table: {_first_line(error)}") from error
+        raise ValueError(f"data: {path} is not a CSV table: {_reason(error)}") from error
 
 
 def _read_parquet(path: Path, column: str, separator: str | None) -> Iterator[tuple[str, Row]]:
@@ -314,7 +324,7 @@ def _read_parquet(path: Path, column: str, separator: str | None) -> Iterator[tu
                 for row in batch.to_pylist():
                     yield f"{path}, row {next(number)}", row
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data: {path} is not a Parquet file: {_first_line(error)}") from error
+        raise ValueError(f"data: {path} is not a Parquet file: {_reason(error)}") from error
 
 
 READERS: dict[str, Callable[[Path, str, str | None], Iterator[tuple[str, Row]]]] = {

@@ -78,6 +78,7 @@ def whole(segments: Ints, length: int) -> Rows:
             if left not in by_room:
                 bisect.insort(rooms, left)
             by_room.setdefault(left, []).append(row)
+    rows.sort()  # by their longest document, in the order of the documents: a stream should not go by size
     chosen = np.array([index for row in rows for index in row], dtype=np.int64)
     return Rows(pieces[chosen], np.cumsum([0, *map(len, rows)]))
 

@@ -35,7 +35,7 @@ def setting(
 class TokenizerSpec:
     """A byte-level BPE trained on the recipe's own text."""
 
-    vocab_size: int = setting("how many tokens, special ones included", 1024, least=260)
+    vocab_size: int = setting("how many tokens, special ones included", 1024, least=261)
     split_digits: bool = setting("every digit is a token of its own", True)
 
 

@@ -50,6 +50,7 @@ class Encoder:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
         return [Encoded(ids if eos is None or ids[-1:] == [eos] else [*ids, eos], None) for ids in encoded]
 
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """Of the tokenizer, as far as it matters here."""
         tokenizer = self.tokenizer
@@ -89,8 +90,9 @@ class ChatEncoder(Encoder):
         ]
         return [Encoded(one["input_ids"], [bool(flag) for flag in one["assistant_masks"]]) for one in marked]
 
+    @property
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"template": hashlib.sha256(self.template.encode()).hexdigest()}
+        return super().fingerprint | {"template": hashlib.sha256(self.template.encode()).hexdigest()}
 
     def _render(self, chat: Any, **options: Any) -> list[int]:
         return self.tokenizer.apply_chat_template(chat, return_dict=True, **options)["input_ids"]
@@ -180,7 +182,7 @@ def tokenized(documents: Documents, encoder: Encoder, cache: Path) -> Corpus:
     """
     from filelock import FileLock
 
-    said = {"format": FORMAT, "labels": encoder.labels} | encoder.fingerprint() | documents.fingerprint()
+    said = {"format": FORMAT, "labels": encoder.labels} | encoder.fingerprint | documents.fingerprint
     key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"tokens-{key}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -204,7 +206,7 @@ def _write(documents: Documents, encoder: Encoder, folder: Path, said: dict[str,
     from tqdm.auto import tqdm
 
     ends: list[Ints] = []
-    total = 0
+    total = labels = 0
     progress = tqdm(desc=f"tokenizing {documents.source.path}", unit=" tokens", unit_scale=True, disable=None)
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "labelled.bin", "wb") as labelled, progress:
         for batch in batches(documents):
@@ -212,9 +214,12 @@ def _write(documents: Documents, encoder: Encoder, folder: Path, said: dict[str,
             tokens.write(corpus.tokens.tobytes())
             if corpus.labelled is not None:
                 labelled.write(corpus.labelled.tobytes())
+                labels += int(corpus.labelled.sum())
             ends.append(corpus.ends + total)
             total += len(corpus.tokens)
             progress.update(len(corpus.tokens))
+    if encoder.labels and not labels:
+        raise ValueError(f"data: {documents.source.path} has no token of an assistant to train on")
     np.save(folder / "ends.npy", np.concatenate(ends))
     written = said | {"dtype": np.dtype(encoder.dtype).name, "tokens": total, "empty": documents.missing}
     (folder / "corpus.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
@@ -253,6 +258,8 @@ class TextReader:
         self.segments = corpus.segments if segments is None else segments
         self.rows = layout.rows(self.segments)
         self.size = len(self.rows)
+        if not self.size:
+            raise ValueError(f"data: {fingerprint['path']} gives no sample: its documents have no two tokens")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -272,10 +279,11 @@ class TextReader:
             held[np.random.default_rng(self.seed).permutation(len(segments))[: max(1, count)]] = True
             parts, how = (segments[~held], segments[held]), "whole documents"
         else:
-            cut = segments[:, 1] - np.ceil((segments[:, 1] - segments[:, 0]) * share).astype(np.int64)
+            sizes = np.ceil((segments[:, 1] - segments[:, 0]) * share).astype(np.int64)
+            cut = segments[:, 1] - np.maximum(sizes, 2)
             front, back = np.stack([segments[:, 0], cut], axis=1), np.stack([cut, segments[:, 1]], axis=1)
             parts, how = (front[cut > front[:, 0]], back), "the end of each document"
-        if not all(len(part) and len(self.layout.rows(part)) for part in parts):
+        if not all(map(len, parts)):
             raise ValueError(
                 f"data: {self.said['path']} is too small to hold out {share:g} of it: {len(segments)} document(s), "
                 f"{self.size} row(s) of {self.layout.length} tokens; give held_out sources of their own"
@@ -309,7 +317,7 @@ class TextStream:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        said = self.documents.fingerprint() | self.encoder.fingerprint()
+        said = self.documents.fingerprint | self.encoder.fingerprint
         return said | {"streaming": True, "skipped": self.skip, "seed": self.seed, "shuffle": SHUFFLE}
 
     def epoch(self, number: int) -> Iterator[Sample]:
@@ -378,7 +386,7 @@ def open_source(
     if source.streaming:
         return TextStream(documents, encoder, layout, seed)
     corpus = tokenized(documents, encoder, cache)
-    return TextReader(corpus, layout, documents.fingerprint() | encoder.fingerprint(), seed)
+    return TextReader(corpus, layout, documents.fingerprint | encoder.fingerprint, seed)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -416,7 +424,7 @@ def training_texts(sources: list[Source]) -> Iterator[str]:
         if not isinstance(source, (TextSource, ChatSource)):
             continue
         for document in Documents(source):
-            for part in [document] if isinstance(document, str) else [message["content"] for message in document]:
+            for part in [document] if isinstance(document, str) else [str(message["content"]) for message in document]:
                 if left <= 0:
                     return
                 yield part[:left]
