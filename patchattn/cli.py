@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, cli_recipes
 from .terminal import FAILED, Json, examples, one_line, show, show_error
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_recipes.app, name="recipes")
 
 
 def main() -> None:
@@ -320,8 +321,7 @@ def convert(
     """
     from .train.recipe import load_recipe
 
-    with _wrong_usage("RECIPE"):
-        checked = load_recipe(recipe, overrides or ())
+    checked = load_recipe(recipe, overrides or ())
     from .train.convert import Stopped
     from .train.convert import convert as run
 

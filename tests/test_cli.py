@@ -15,7 +15,7 @@ from patchattn.method import builtin_names
 
 from .hub_server import HubServer
 
-COMMANDS = ("methods", "inspect", "explain", "patch", "push", "env", "demo")
+COMMANDS = ("methods", "inspect", "explain", "patch", "push", "recipes", "env", "demo")
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,11 @@ def names() -> list[str]:
     return [name for name in _all() if not name.startswith(f"{CONFIGS}/")]
 
 
+def configs() -> list[str]:
+    """Names of the shipped configurations of `accelerate launch`."""
+    return [name for name in _all() if name.startswith(f"{CONFIGS}/")]
+
+
 def find(name: str) -> Path:
     """The file of a shipped recipe, or of an `accelerate launch` configuration."""
     wanted = name.removesuffix(".yaml")
