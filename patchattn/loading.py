@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import lab
 from .attach import apply_plan
 
 AUTO_CLASSES = (
@@ -25,12 +26,13 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*")
 def load_model(
     name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, revision: str | None = None
 ) -> nn.Module:
-    """The model at `name`, a folder or a repository of the hub, ready to run.
+    """The model at `name`, a folder, a repository of the hub or a lab checkpoint, ready to run.
 
     Args:
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "cuda:1", ... or "auto", which spreads a large model over all devices.
     """
+    name = lab.resolve(name)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     where = {"device_map": "auto"} if device == "auto" else {}
     if (kind := _diffusers_class(name)) is not None:
@@ -47,6 +49,7 @@ def load_shell(name: str, *, trust_remote_code: bool = False, revision: str | No
 
     A whole patched model comes patched, with parameters that hold nothing either.
     """
+    name = lab.resolve(name)
     with torch.device("meta"):
         if (kind := _diffusers_class(name)) is not None:
             return kind.from_config(kind.load_config(name)).eval()
@@ -65,6 +68,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
     """The tokenizer beside a model, or None where there is none."""
     from transformers import AutoTokenizer
 
+    name = lab.resolve(name)
     # Some releases make up an empty tokenizer where there is none, so a folder is looked into first.
     folder = Path(name)
     if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):

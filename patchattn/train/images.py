@@ -201,6 +201,15 @@ def image_shape(model_config: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def image_processor(model_config: Any) -> Any:
+    """What makes of pictures the input that a model of this configuration was trained on here."""
+    from transformers import ViTImageProcessorPil
+
+    channels, height, width = image_shape(model_config)
+    half = [0.5] * channels
+    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
 def fit(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """The image with as many channels as the model takes, and resized to its size."""
     channels, *size = shape

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .images import image_shape
+from .images import image_processor, image_shape
 
 IMAGE_TOKEN = "<image>"
 LAYER = -2  # of the vision model's hidden states, as published: the last one serves its own head
@@ -55,13 +55,10 @@ def _extra_tokens(vision: Any) -> int:
 
 
 def _processor(tokenizer: Any, config: Any, extra: int, strategy: str) -> Any:
-    from transformers import LlavaProcessor, ViTImageProcessorPil
+    from transformers import LlavaProcessor
 
-    channels, height, width = image_shape(config)
-    half = [0.5] * channels
-    images = ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
     return LlavaProcessor(
-        image_processor=images,
+        image_processor=image_processor(config),
         tokenizer=tokenizer,
         patch_size=config.patch_size,
         vision_feature_select_strategy=strategy,

@@ -38,6 +38,10 @@ def open_recipe(recipe: Recipe, cache: Path) -> Opened:
     processor = _processor(recipe, cache)
     if spec.config is not None:
         model, scheduler = _new_model(spec, processor)
+        if spec.task == "image-classification":
+            from .images import image_processor
+
+            processor = image_processor(model.config)
     elif spec.vision is not None:
         model, processor, scheduler = *_joined(spec, processor), None
     else:
