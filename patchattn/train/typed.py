@@ -191,7 +191,7 @@ def _describe(option: Any, limits: Mapping[str, Any]) -> str:
         return " or ".join(shown(value) for value in get_args(option))
     if isinstance(option, type) and issubclass(option, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in option)
-    return _NAMES.get(option, "a value") + (_range(limits) if option in (int, float) else "")
+    return _NAMES.get(option, "any value") + (_range(limits) if option in (int, float) else "")
 
 
 _NAMES = {types.NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from patchattn.train import library, schema
+from patchattn.train import library, reference, schema
 from patchattn.train.checks import RESERVED
 from patchattn.train.recipe import RecipeError, fingerprint, load_recipe, resolved, to_yaml
 
@@ -410,3 +412,73 @@ assert not {{"torch", "transformers", "datasets"}} & set(sys.modules), "they wer
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
+
+
+# ---- what is documented ------------------------------------------------------------------------------------
+
+
+def test_the_documented_keys_are_those_of_the_schema():
+    document = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert document == reference.updated(document), "run: python -m patchattn.train.reference docs/recipes.md"
+    assert document.count(reference.START) == document.count(reference.END) == 1
+
+
+def test_every_class_of_the_schema_is_documented():
+    classes = {value for value in vars(schema).values() if dataclasses.is_dataclass(value)}
+    assert classes == set(reference.ORDER)
+
+
+def test_the_documented_recipe_is_one(write):
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert [stage.kind for stage in load_recipe(write(text)).stages] == ["attention_transfer", "lora"]
+
+
+# ---- many devices ------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "accelerate/ddp": ("MULTI_GPU", False),
+    "accelerate/ddp-cpu": ("MULTI_GPU", True),
+    "accelerate/fsdp2": ("FSDP", False),
+    "accelerate/fsdp2-cpu": ("FSDP", True),
+    "accelerate/zero3": ("DEEPSPEED", False),
+}
+
+
+def test_every_shipped_configuration_is_tested():
+    assert set(library.configs()) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_launch_takes_the_shipped_configurations(name):
+    from accelerate.commands import launch
+
+    file = library.find(name)
+    command = re.search(r"accelerate launch (--config_file .*)", file.read_text(encoding="utf-8"))
+    assert command, "it says how it is used"
+    given = command.group(1).replace(f"recipes/{name}.yaml", str(file)).split()
+    arguments, config, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(given))
+    assert arguments.module and arguments.training_script == "patchattn"
+    assert arguments.training_script_args == ["convert", "RECIPE"]
+    assert (config.distributed_type.value, config.use_cpu) == CONFIGS[name]
+    known = vars(launch.launch_command_parser().parse_args(["script"]))
+    assert set(config.fsdp_config) | set(config.deepspeed_config) <= set(known)
+
+
+@pytest.mark.parametrize("name", ["accelerate/ddp-cpu", "accelerate/fsdp2-cpu"])
+def test_two_processes_find_each_other_on_a_cpu(tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "from accelerate import PartialState\n"
+        "state = PartialState(cpu=True)\n"
+        "state.wait_for_everyone()\n"
+        "print(state.process_index, state.num_processes, os.environ.get('FSDP_VERSION'), flush=True)\n"
+        "state.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(library.find(name))]
+    done = subprocess.run(
+        [*command, "--main_process_port", "0", str(script)],
+        capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    version = "2" if "fsdp2" in name else "None"
+    assert sorted(done.stdout.split("\n")[:2]) == [f"0 2 {version}", f"1 2 {version}"], done.stderr
