@@ -51,6 +51,7 @@ class SyntheticReader:
 
         self.source, self.tokenizer, self.layout, self.seed = source, tokenizer, layout, seed
         self.generator = synthetic.make(source.generator, tokenizer, seed, **source.options)
+        self.generator.sample(0, length=layout.length)  # if its samples fit no row, that is said now
 
     @property
     def fingerprint(self) -> dict[str, Any]:
