@@ -82,8 +82,7 @@ class _Conversion:
         with self.stop.listening():
             self._open(len(report["stages"]))
             for index in range(len(report["stages"]), len(self.recipe.stages)):
-                sharded = self._train(index)
-                if sharded and index + 1 < len(self.recipe.stages):
+                if self._train(index):
                     self._open(index + 1)
             report = self._finish()
         return Outcome(self.folder, report)
@@ -196,7 +195,6 @@ class _Conversion:
         if not sharded:
             self.model, self.adapters = finish(prepared, stage)
         trainer.accelerator.free_memory()
-        _forget_accelerator()
         return sharded
 
     def _keep(self, trainer: Any, index: int, stage: Stage, seconds: float, rate: float, unit: str, data: Any) -> None:
@@ -273,8 +271,6 @@ class _Conversion:
         from .stages import changes_base
 
         report = self._report()
-        if len(report["stages"]) == len(self.recipe.stages) and getattr(self, "model", None) is None:
-            self._open(len(report["stages"]))
         if self.process.is_main_process:
             whole = self.recipe.model.config is not None or self.recipe.model.vision is not None
             whole = whole or any(changes_base(stage) for stage in self.recipe.stages)
@@ -344,11 +340,3 @@ def _replace_progress(trainer: Any, *callbacks: Any) -> None:
         trainer.remove_callback(unwanted)
     for callback in callbacks:
         trainer.add_callback(callback)
-
-
-def _forget_accelerator() -> None:
-    """Let the next stage's Trainer set up accelerate anew, on the same processes."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state()
-    GradientState._reset_state()

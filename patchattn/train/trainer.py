@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,6 +48,10 @@ class ConversionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if objective.replicated:
             self._keep_whole()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        _let_cpus_shard()
+        super().create_accelerator_and_postprocess()
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
@@ -161,7 +167,8 @@ class ConversionTrainer(Trainer):
         state = self.model.state_dict() if state is None else state
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         names += [name for name, _ in self.model.named_buffers()]
-        return {name: state[name].detach().contiguous() for name in names if name in state}
+        # A copy, since what was gathered from several processes may not have arrived yet.
+        return {name: state[name].detach().clone().contiguous() for name in names if name in state}
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -191,6 +198,13 @@ class ConversionTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.unexpected_keys:
             raise ValueError(f"the checkpoint holds {load_result.unexpected_keys[0]!r}, which this model has not")
+
+
+def _let_cpus_shard() -> None:
+    """Have FSDP on CPUs too: accelerate would silently leave it out there, and give every process the whole model."""
+    shared = PartialState._shared_state
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and shared.get("distributed_type") == DistributedType.MULTI_CPU:
+        shared["distributed_type"] = DistributedType.MULTI_GPU  # a kind that may shard; the device stays the CPU
 
 
 def last_checkpoint(folder: Path) -> Path | None:
