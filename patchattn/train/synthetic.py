@@ -383,18 +383,22 @@ class AssociativeRecall(Generator):
     """`pairs` of a key and its value, then keys again among noise: each one's value is asked for.
 
     Keys, values and noise are single tokens of three separate thirds of the vocabulary's words. `queries` is how
-    often a key comes again, in all (default: each key once). `power` spreads the queries: 1 is evenly over the
+    often a key comes again, in all (default: each key once). `vocabulary` is how many words there are to choose from
+    (default: all): few make the task easier to learn. `power` spreads the queries: 1 is evenly over the
     rest of the sample; towards 0, as in the paper (0.01), most follow soon after the pairs.
     """
 
     name = "mqar"
     pairs: int = 8
     queries: int | None = None
+    vocabulary: int | None = None
     power: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("pairs", least=1, most=len(self.words) // 3)
+        if self.vocabulary is not None:
+            self.check("vocabulary", least=3, most=len(self.words))
+        self.check("pairs", least=1, most=(self.vocabulary or len(self.words)) // 3)
         self.check("power", least=0.001, most=1)
         if self.queries is not None:
             self.check("queries", least=1)
@@ -402,7 +406,7 @@ class AssociativeRecall(Generator):
     @functools.cached_property
     def pools(self) -> list[np.ndarray[Any, Any]]:
         """Keys, values, noise."""
-        return [np.array(self.words[third::3]) for third in range(3)]
+        return [np.array(self.words[: self.vocabulary][third::3]) for third in range(3)]
 
     def draw(self, random: np.random.Generator, length: int) -> Drawn:
         keys, values, noise = self.pools
@@ -466,12 +470,12 @@ class Lookup(Generator):
         lines: list[tuple[list[int], list[int]]] = []
         size, longest = len(ids), 0
         for key, value in itertools.islice(self._lines(random), self.pairs):
+            line = len(key) + len(value)
             # Any of the lines may be asked for, so that the longest one must fit once more.
-            longest = max(longest, len(key) + len(value))
-            if self.pairs is None and lines and size + len(key) + len(value) + longest > length:
+            if self.pairs is None and lines and size + line + max(longest, line) > length:
                 break
             lines.append((key, value))
-            size += len(key) + len(value)
+            size, longest = size + line, max(longest, line)
         self.room(size + longest, length)
         for key, value in lines:
             ids += key

@@ -148,6 +148,22 @@ def test_the_copy_of_a_hub_repository_is_read_by_its_own_splits(tmp_path, stream
         list(Documents(source(split="valid")))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_another_name_is_a_data_set_of_the_hub(monkeypatch, streaming):
+    asked = []
+
+    def load_dataset(path, name, **settings):
+        asked.append((path, name, settings))
+        rows = datasets.Dataset.from_list(ROWS)
+        return rows.to_iterable_dataset() if settings["streaming"] else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    documents = Documents(TextSource(path="someone/stories", name="small", split="test", streaming=streaming))
+    assert list(documents) == EXPECTED
+    assert json.loads(json.dumps(documents.fingerprint))["parts"][0]["path"] == "someone/stories"
+    assert asked == [("someone/stories", "small", {"split": "test", "streaming": streaming})]
+
+
 def test_empty_documents_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": " \\n"}\n{"text": null}\n{"text": "b"}\n')
     documents = Documents(TextSource(path=str(tmp_path / "a.jsonl")))

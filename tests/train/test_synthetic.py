@@ -152,6 +152,12 @@ def test_a_lookup_asks_for_a_line_of_its_list(tokenizer):
     assert f"{asked} {tokenizer.decode(answer).strip()}" in lines
 
 
+def test_as_many_lines_are_looked_up_in_as_fit_whatever_the_numbers(tokenizer):
+    generator = make("lookup", tokenizer)
+    for length in range(100, 140):
+        assert all(length // 2 < len(generator.sample(index, length)["input_ids"]) <= length for index in range(20))
+
+
 def test_passkeys_are_asked_for_in_turn(tokenizer):
     generator = make("multi_passkey", tokenizer, passkeys=3, words_each=4)
     text = tokenizer.decode(generator.sample(0, 900)["input_ids"])
