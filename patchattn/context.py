@@ -251,6 +251,10 @@ class AttentionContext:
         self.q, self.k, self.v = kept
         return out
 
+    def run(self) -> Tensor:
+        """The attention of this call, or what a training stage makes of it."""
+        return self.attend() if self.attachment.around is None else self.attachment.around(self)
+
     def base(self) -> Tensor:
         """What the unpatched model computes here: `[B, T, H, D]`, without gradients."""
         with torch.no_grad():

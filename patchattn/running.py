@@ -50,7 +50,7 @@ def attention_function(
     ctx.take(query, key, value, attention_mask, kwargs)
     if attachment.methods and not torch.compiler.is_compiling():
         attachment.calls += 1
-    out = ctx.attend() if attachment.around is None else attachment.around(ctx)
+    out = ctx.run()
     if attachment.captured:
         attachment.captured.clear()
     return out.contiguous(), ctx.weights  # many modules view the result

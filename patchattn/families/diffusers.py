@@ -368,7 +368,7 @@ def _attention(
         )
     if not torch.compiler.is_compiling():
         attachment.calls += 1
-    out = ctx.attend()
+    out = ctx.run()
     return out if dispatched else out.transpose(1, 2)
 
 

@@ -153,6 +153,7 @@ class _Conversion:
     def _train(self, index: int) -> bool:
         """Train one stage; returns whether the model was cut up over processes and must be opened again."""
         from transformers import set_seed
+        from transformers.trainer_utils import IntervalStrategy
 
         from .stages import finish, prepare
         from .trainer import ConversionTrainer, NotFinite, last_checkpoint
@@ -162,6 +163,8 @@ class _Conversion:
         prepared = prepare(self.model, stage, self.task)
         args = self._arguments(stage, folder)
         data = self._data(stage, args)
+        if data.held_out is None:
+            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         unit, per_step = self._units(stage, args)
         trainer = ConversionTrainer(
             model=prepared.model, args=args, objective=prepared.objective, task=self.task, rates=stage.rates,
@@ -188,7 +191,7 @@ class _Conversion:
             raise Stopped(f"{self.stop.reason or 'another process was stopped'} at step "
                           f"{trainer.state.global_step} of {args.max_steps} in stage {index} {stage.kind}; "
                           "the same command goes on from there", self.stop.signal)  # fmt: skip
-        if data.held_out is not None and trainer.state.log_history[-2:] and args.max_steps % (args.eval_steps or 1):
+        if args.eval_strategy != "no" and args.max_steps % args.eval_steps:
             trainer.evaluate()
         self._keep(trainer, index, stage, time.perf_counter() - start, metrics.rate(args.max_steps), unit, data)
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -272,6 +275,7 @@ class _Conversion:
 
         report = self._report()
         if self.process.is_main_process:
+            self._save_patterns()
             whole = self.recipe.model.config is not None or self.recipe.model.vision is not None
             whole = whole or any(changes_base(stage) for stage in self.recipe.stages)
             self._save(whole)
@@ -303,9 +307,26 @@ class _Conversion:
         else:
             save(model, self.folder, results=self._results())
 
+    def _save_patterns(self) -> None:
+        """The gates of each search for heads, in DuoAttention's published layout."""
+        from safetensors.torch import load_file
+
+        from ..duo import save_pattern
+
+        for index, stage in enumerate(self.recipe.stages):
+            if isinstance(stage, IdentifyHeads):
+                learned = load_file(self._stage_folder(index) / RESULT)
+                gates = [learned[name] for name in sorted(learned, key=_numbers) if name.endswith(".gates")]
+                save_pattern(self.folder / "pattern", torch.stack(gates).clamp(0, 1), stage.sink, stage.recent)
+
     def _results(self) -> dict[str, float]:
         found = last_values(self.folder / METRICS)
         return {"held-out loss": round(found["eval_loss"], 4)} if "eval_loss" in found else {}
+
+
+def _numbers(name: str) -> list[int]:
+    """The layer indices in a parameter's name, to sort by."""
+    return [int(part) for part in name.split(".") if part.isdigit()]
 
 
 def summary(outcome: Outcome) -> Any:
