@@ -169,6 +169,19 @@ def _serves(path: str, source: Any, recipe: Any) -> Found:
         yield f"{path}.kind", f"{source.kind!r} is no data for {task}; allowed: {', '.join(serving)}"
 
 
+@check(schema.SyntheticSource)
+def _options(path: str, source: Any, recipe: Any) -> Found:
+    if not source.options:
+        return
+    from .synthetic import GENERATORS
+
+    fields = dataclasses.fields(GENERATORS[source.generator])
+    known = [field.name for field in fields if field.name not in ("tokenizer", "seed")]
+    for name in source.options:
+        if name not in known:
+            yield f"{path}.options.{name}", f"unknown option of {source.generator}; {choose(name, known)}"
+
+
 # ---- stages ------------------------------------------------------------------------------------------------
 
 

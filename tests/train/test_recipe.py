@@ -240,6 +240,8 @@ OVERRIDDEN = [
     (MINIMAL, "stages.0.data={train: {kind: images, path: digits}}", "stages.0.data.train.0.kind: 'images' is no data"),
     (MINIMAL, "data.train={kind: synthetic, generator: mqra}", "data.train.0.generator: 'mqra' is not allowed; did you "
      "mean mqar? allowed: passkey"),
+    (MINIMAL, "data.train={kind: synthetic, generator: mqar, options: {pair: 8}}", "data.train.0.options.pair: unknown "
+     "option of mqar; did you mean pairs? allowed: "),
     # stages
     (MINIMAL, "stages=[]", "stages: an empty list"),
     (MINIMAL, "stages={kind: tune, steps: 1, tokens: 9}", "stages.0: it has both steps and tokens"),
@@ -464,21 +466,22 @@ def test_accelerate_launch_takes_the_shipped_configurations(name):
     assert set(config.fsdp_config) | set(config.deepspeed_config) <= set(known)
 
 
-@pytest.mark.parametrize("name", ["accelerate/ddp-cpu", "accelerate/fsdp2-cpu"])
-def test_two_processes_find_each_other_on_a_cpu(tmp_path, name):
+def test_fsdp_is_not_left_out_on_a_cpu(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os\n"
-        "from accelerate import PartialState\n"
+        "from accelerate import Accelerator, PartialState\n"
+        "from patchattn.train.trainer import _let_cpus_shard\n"
         "state = PartialState(cpu=True)\n"
-        "state.wait_for_everyone()\n"
-        "print(state.process_index, state.num_processes, os.environ.get('FSDP_VERSION'), flush=True)\n"
-        "state.destroy_process_group()\n"
+        "_let_cpus_shard()\n"
+        "accelerator = Accelerator()\n"
+        "print(state.process_index, state.num_processes, accelerator.distributed_type.value, accelerator.device.type,"
+        " flush=True)\n"
+        "accelerator.end_training()\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(library.find(name))]
+    config = str(library.find("accelerate/fsdp2-cpu"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     done = subprocess.run(
-        [*command, "--main_process_port", "0", str(script)],
-        capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        [*command, str(script)], capture_output=True, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    version = "2" if "fsdp2" in name else "None"
-    assert sorted(done.stdout.split("\n")[:2]) == [f"0 2 {version}", f"1 2 {version}"], done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 2 FSDP cpu", "1 2 FSDP cpu"], done.stderr
