@@ -174,11 +174,14 @@ def _endless(stream: text.TextStream) -> Iterator[Sample]:
             raise ValueError(f"data: {stream.documents.source.path} gives no sample")
 
 
-def collate(items: list[Sample], pad: int) -> dict[str, torch.Tensor]:
-    """A batch of token samples: packed ones as they are, others padded on the right, with an attention mask."""
+def collate(items: list[Sample], pad: int, length: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of token samples: packed ones as they are, others padded on the right, with an attention mask.
+
+    They are padded to the longest, but at least to `length`.
+    """
     if "position_ids" in items[0]:
         return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in items[0]}
-    longest = max(len(item["input_ids"]) for item in items)
+    longest = max(length, *(len(item["input_ids"]) for item in items))
     batch = {
         "input_ids": np.full((len(items), longest), pad),
         "labels": np.full((len(items), longest), IGNORED),
@@ -247,7 +250,8 @@ def open_data(
         train, held_out = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     plan = Plan.by_weight([source.weight for source in spec.train], samples, seed)
-    kind = MixedStream if any(isinstance(one, text.TextStream) for one in train) else Mixture
+    streaming = any(isinstance(one, text.TextStream) for one in train)
+    kind = MixedStream if streaming else Mixture
     evaluation = None
     if held_out:
         weights = [source.weight for source in held_sources]
@@ -255,7 +259,8 @@ def open_data(
     return Data(
         train=kind(train, plan, seed),
         held_out=evaluation,
-        collate=_collate_for(task, processor),
+        # accelerate joins the batches of a stream before it deals them out: they must be equally long.
+        collate=_collate_for(task, processor, length if streaming else 0),
         fingerprints={
             "seed": seed,
             "length": length,
@@ -285,9 +290,9 @@ def _open(
     raise TypeError(f"data: no reader for {type(source).__name__}")
 
 
-def _collate_for(task: str, processor: Any) -> Callable[[list[Sample]], dict[str, torch.Tensor]]:
+def _collate_for(task: str, processor: Any, length: int) -> Callable[[list[Sample]], dict[str, torch.Tensor]]:
     if task == "causal-lm":
-        return functools.partial(collate, pad=text.pad_id(processor))
+        return functools.partial(collate, pad=text.pad_id(processor), length=length)
     from . import images
 
     return images.collate(task)

@@ -617,6 +617,7 @@ def test_unpacked_samples_are_padded_on_the_right():
         "labels": [[-100, 6, 7], [8, -100, -100]],
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
     }
+    assert collate(items[1:], pad=1, length=5)["input_ids"].tolist() == [[8, 1, 1, 1, 1]]
 
 
 # ---- streaming -----------------------------------------------------------------------------------------------------
@@ -648,6 +649,8 @@ def test_a_streams_order_is_the_seeds_and_the_held_out_beginning_never_comes(tok
     assert not held & {np.array(sample["input_ids"]).tobytes() for sample in first}
     read = list(islice(data.train.indexed.readers[0].documents, used, None))
     assert 0 < used < 30 and len(read) == 300 - used
+    lengths = {data.collate([data.held_out[index]])["input_ids"].shape[1] for index in range(4)}
+    assert lengths == {64}, "what several processes get of a stream must be equally long"
     loaded = DataLoader(data.train, batch_size=1, num_workers=2, collate_fn=lambda items: items[0])
     assert [plain(sample) for sample in loaded] == first
 
