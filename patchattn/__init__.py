@@ -33,7 +33,7 @@ _HOMES = {
     "settings": "living",
     "unpatch": "attach",
 }
-_SUBMODULES = ("duo", "testing")
+_SUBMODULES = ("duo", "gates", "lab", "testing")
 
 __all__ = [
     "Dense",

@@ -262,7 +262,11 @@ class AttentionContext:
 
     @torch.no_grad()
     def base_weights(self, first: int, last: int) -> Tensor:
-        """The base attention's softmax weights of the queries `first` to `last`: `[B, H, last - first, S]`, float32."""
+        """The base attention's softmax weights of the queries `first` to `last`, without gradients; float32."""
+        return self.softmax_weights(first, last)
+
+    def softmax_weights(self, first: int, last: int) -> Tensor:
+        """The softmax of the scores of the queries `first` to `last`: `[B, H, last - first, S]`, float32."""
         q, k = self.q[:, :, first:last], self.k
         if self.attachment.raw and self.position_embeddings is not None:
             keys = torch.arange(k.shape[2], device=k.device)[None] + self.key_offset
@@ -359,3 +363,19 @@ class AttentionContext:
                               **self.kwargs)  # fmt: skip
             blocks.append(out)
         return torch.cat(blocks, dim=1)
+
+
+def first_token_mass(ctx: AttentionContext) -> Tensor:
+    """The softmax weight of each query on the first token of its row that is no padding: `[B, H, T]`."""
+    queries, keys = ctx.q.shape[2], ctx.k.shape[2]
+    padding = ctx.mask.padding
+    if padding is None:
+        first = torch.zeros(ctx.q.shape[0], dtype=torch.long, device=ctx.q.device)
+    else:
+        first = padding[:, :keys].int().argmax(dim=-1)
+    index = first[:, None, None, None].expand(-1, ctx.q.shape[1], -1, -1)
+    blocks = [
+        ctx.softmax_weights(start, stop).gather(-1, index.expand(-1, -1, stop - start, -1)).squeeze(-1)
+        for start, stop in query_blocks(queries, keys)
+    ]
+    return torch.cat(blocks, dim=-1)

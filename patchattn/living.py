@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from .attach import own_state
 from .method import describe
 from .record import attachment_of, record_of, root_of
+
+if TYPE_CHECKING:
+    from .context import AttentionContext
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,6 +68,20 @@ def settings(model: nn.Module, **changes: Any) -> Iterator[nn.Module]:
     finally:
         for method, old, _ in changed:
             method.config = old
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, around: Callable[[AttentionContext], Tensor]) -> Iterator[nn.Module]:
+    """Inside this block every patched layer calls `around(ctx)`, which may call its methods by `ctx.attend()`."""
+    attachments = [attachment_of(site.module) for site in record_of(model).patched]
+    before = [attachment.around for attachment in attachments]
+    for attachment in attachments:
+        attachment.around = around
+    try:
+        yield model
+    finally:
+        for attachment, kept in zip(attachments, before):
+            attachment.around = kept
 
 
 def patch_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

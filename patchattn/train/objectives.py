@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import duo
-from ..living import disabled
+from ..living import disabled, watching
 from ..record import attachment_of, patch_of, record_of, root_of
 
 if TYPE_CHECKING:
@@ -39,47 +39,34 @@ class Transfer:
 
     def __init__(self, model: nn.Module, task: Task, stage: AttentionTransfer) -> None:
         self.root, self.task, self.layerwise = root_of(model), task, stage.layerwise
-        self.sites = record_of(self.root).patched
-        self.kinds = [_transfer_kind(attachment_of(site.module).methods[0], stage.loss) for site in self.sites]
+        self.kinds = {
+            site.name: _transfer_kind(attachment_of(site.module).methods[0], stage.loss)
+            for site in record_of(self.root).patched
+        }
         self.losses: list[Tensor] | None = None  # of the forward that is going on
         self.backward: Backward | None = None
         self.share = 1.0
 
     def __call__(self, model: nn.Module, batch: Batch, share: float, count: Any, backward: Backward | None) -> Terms:
         inputs = without_head(self.root, self.task.inputs(batch))
-        self.losses, self.share = [], share / len(self.sites)
+        self.losses, self.share = [], share / len(self.kinds)
         self.backward = backward if self.layerwise else None
         try:
-            with self._attached():
+            with watching(self.root, self._transfer):
                 self.root(**inputs)
             return {"transfer": torch.stack(self.losses).sum()}
         finally:
             self.losses = self.backward = None
 
-    @contextlib.contextmanager
-    def _attached(self) -> Iterator[None]:
-        for site, kind in zip(self.sites, self.kinds):
-            attachment_of(site.module).around = self._around(kind)
-        try:
-            yield
-        finally:
-            for site in self.sites:
-                attachment_of(site.module).around = None
-
-    def _around(self, kind: str) -> Callable[[AttentionContext], Tensor]:
-        losses = self.losses
-        assert losses is not None
-
-        def attention(ctx: AttentionContext) -> Tensor:
-            target = ctx.base()
-            loss = ctx.transfer_loss(target, kind) * self.share
-            if self.backward is not None:
-                self.backward(loss)
-                loss = loss.detach()
-            losses.append(loss)
-            return target
-
-        return attention
+    def _transfer(self, ctx: AttentionContext) -> Tensor:
+        target = ctx.base()
+        loss = ctx.transfer_loss(target, self.kinds[ctx.attachment.site.name]) * self.share
+        if self.backward is not None:
+            self.backward(loss)
+            loss = loss.detach()
+        assert self.losses is not None
+        self.losses.append(loss)
+        return target
 
 
 def without_head(root: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
