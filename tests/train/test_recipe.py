@@ -144,7 +144,7 @@ version: 1
 model:
   name: some/model
   dtype: float8
-patch: gated_attention:kinds=headwise
+patch: dense:sink=4
 data:
   train:
     - kind: text
@@ -163,8 +163,8 @@ def test_five_mistakes_give_five_errors_with_their_lines(problems):
     assert problems(FIVE_MISTAKES) == [
         "recipe.yaml:4: model.dtype: 'float8' is not allowed; did you mean float32? "
         "allowed: auto, float32, bfloat16, float16",
-        "recipe.yaml:5: patch: 'gated_attention:kinds=headwise' is not allowed; GatedAttention: unknown field 'kinds'; "
-        "allowed: kind, init, activation, shared, static, combine, bias",
+        "recipe.yaml:5: patch: 'dense:sink=4' is not allowed; Dense: unknown field 'sink'; allowed: none: it has no "
+        "settings",
         "recipe.yaml:10: data.train.0.weigth: unknown key; did you mean weight? "
         "allowed: kind, weight, path, name, split, column, streaming, separator, limit",
         "recipe.yaml:13: stages.0.steps: 0 is not allowed; it must be a whole number of at least 1",
@@ -474,14 +474,15 @@ def test_fsdp_is_not_left_out_on_a_cpu(tmp_path):
         "state = PartialState(cpu=True)\n"
         "_let_cpus_shard()\n"
         "accelerator = Accelerator()\n"
-        "print(state.process_index, state.num_processes, accelerator.distributed_type.value, accelerator.device.type,"
-        " flush=True)\n"
+        "found = f'{state.num_processes} {accelerator.distributed_type.value} {accelerator.device.type}'\n"
+        "open(f'{state.process_index}.txt', 'w').write(found)\n"
         "accelerator.end_training()\n"
     )
     config = str(library.find("accelerate/fsdp2-cpu"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True,
+        [*command, str(script)], capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert sorted(done.stdout.splitlines()) == ["0 2 FSDP cpu", "1 2 FSDP cpu"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"{process}.txt").read_text() for process in range(2)] == ["2 FSDP cpu"] * 2
