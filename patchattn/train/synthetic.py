@@ -151,10 +151,12 @@ class Generator:
         def plain(text: str) -> list[int]:
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+        before = functools.lru_cache(plain)
+
         @functools.lru_cache(maxsize=100_000)
         def encode(text: str, after: str = "\n") -> list[int]:
             # Many tokenizers add a space at the start of what they are given: take the tokens from inside a text.
-            context, whole = plain(after), plain(after + text)
+            context, whole = before(after), plain(after + text)
             return whole[len(context) :] if whole[: len(context)] == context else plain(text)
 
         return encode
