@@ -331,9 +331,12 @@ def convert(
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         raise typer.Exit(BUDGET_SPENT if stopped.signal is None else 128 + stopped.signal) from stopped
+    from accelerate import PartialState
+
     from .train.convert import summary
 
-    show(outcome.report, as_json, summary(outcome))
+    if PartialState().is_main_process:
+        show(outcome.report, as_json, summary(outcome))
 
 
 @app.command(
