@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from patchattn.train.data import Data, open_data
 from patchattn.train.schema import DataSpec, Source, SyntheticSource, TextSource, TokenizerSpec
 from patchattn.train.synthetic import GENERATORS
-from patchattn.train.text import train_tokenizer, training_texts
+from patchattn.train.tokenizer import train_tokenizer, training_texts
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 3.0  # each measurement takes about so long

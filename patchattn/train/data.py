@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from . import packing, text
+from .encoding import Encoder
 from .packing import IGNORED
 from .schema import ChatSource, DataSpec, ImageSource, Source, SyntheticSource, TextSource
 
@@ -57,7 +58,7 @@ class SyntheticReader:
     def fingerprint(self) -> dict[str, Any]:
         source = self.source
         said = {"kind": source.kind, "generator": source.generator, "options": source.options, "seed": self.seed}
-        return said | text.Encoder(self.tokenizer).fingerprint
+        return said | Encoder(self.tokenizer).fingerprint
 
     def sample(self, index: int, draw: int) -> Sample:
         length = room = self.layout.length

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
-import itertools
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .files import READERS, Row, fingerprint_file, reason
 from .schema import ChatSource, TextSource
 
-Row = dict[str, Any]
-WHOLE = 256 * 2**20  # files up to this size are hashed whole
-ENDS = 2**20  # of larger ones, this much of head and tail
 NOT_DATA = ("readme", "license", "licence", "notice", "dataset_infos")  # files beside the data
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -176,7 +171,7 @@ class _Hub:
                 )
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
                 what = "a folder that" if self.files else "no file or folder, and as a data set of the hub"
-                raise ValueError(f"data: {self.path!r} is {what} cannot be opened: {_reason(error)}") from error
+                raise ValueError(f"data: {self.path!r} is {what} cannot be opened: {reason(error)}") from error
         return self._opened
 
     def rows(self) -> Iterator[tuple[str, Row]]:
@@ -220,117 +215,10 @@ def _numbered(path: str, rows: Any, column: str) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(rows):
             yield f"{path}, row {number}", row
     except (OSError, ValueError) as error:
-        raise ValueError(f"data: {path} cannot be read after row {number}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """An error in one line, with what is behind it."""
-    said = " ".join(str(error).split())[:500] or type(error).__name__
-    return said if error.__cause__ is None else f"{said} ({_reason(error.__cause__)})"
+        raise ValueError(f"data: {path} cannot be read after row {number}: {reason(error)}") from error
 
 
 def _fingerprint_dataset(dataset: Any) -> dict[str, Any]:
     said = {"fingerprint": getattr(dataset, "_fingerprint", None), "rows": getattr(dataset, "num_rows", None)}
     version = getattr(dataset.info, "version", None)
     return {key: value for key, value in said.items() if value} | ({"version": str(version)} if version else {})
-
-
-def fingerprint_file(path: Path) -> dict[str, Any]:
-    """Path, size and SHA-256; of large files the hash of both ends, and the time of the last change."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            while block := file.read(2**20):
-                digest.update(block)
-            return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
-        digest.update(file.read(ENDS))
-        file.seek(-ENDS, 2)
-        digest.update(file.read())
-    note = f"first and last {ENDS} bytes only"
-    changed = path.stat().st_mtime_ns
-    return {"path": str(path), "bytes": size, "changed": changed, "sha256": digest.hexdigest(), "hashed": note}
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
-def _read_txt(path: Path, column: str, separator: str | None) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        if separator is None:
-            yield str(path), {column: file.read()}
-            return
-        rest, numbers = "", itertools.count(1)
-        while block := file.read(2**20):
-            *complete, rest = (rest + block).split(separator)
-            for text in complete:
-                yield f"{path}, document {next(numbers)}", {column: text.strip()}
-        yield f"{path}, document {next(numbers)}", {column: rest.strip()}
-
-
-def _read_jsonl(path: Path, column: str, separator: str | None) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                yield place, _object(place, _parse(place, line))
-
-
-def _read_json(path: Path, column: str, separator: str | None) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        start = file.read(1024).lstrip()
-    if not start.startswith("["):  # many a .json file holds lines
-        yield from _read_jsonl(path, column, separator)
-        return
-    for number, row in enumerate(_parse(str(path), path.read_text(encoding="utf-8-sig"))):
-        place = f"{path}, row {number}"
-        yield place, _object(place, row)
-
-
-def _parse(place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data: {place} is not JSON: {error}") from None
-
-
-def _object(place: str, row: Any) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"data: {place} holds {type(row).__name__}, not an object with columns")
-    return row
-
-
-def _read_csv(path: Path, column: str, separator: str | None) -> Iterator[tuple[str, Row]]:
-    import pandas
-
-    try:
-        # pandas rather than csv, which refuses long fields.
-        for chunk in pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=1000):
-            for number, row in zip(chunk.index, chunk.to_dict("records")):
-                yield f"{path}, row {number}", {str(key): value for key, value in row.items()}
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        raise ValueError(f"data: {path} is not a CSV table: {_reason(error)}") from error
-
-
-def _read_parquet(path: Path, column: str, separator: str | None) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            wanted = [column] if column in file.schema_arrow.names else None
-            number = itertools.count()
-            for batch in file.iter_batches(batch_size=1000, columns=wanted):
-                for row in batch.to_pylist():
-                    yield f"{path}, row {next(number)}", row
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data: {path} is not a Parquet file: {_reason(error)}") from error
-
-
-READERS: dict[str, Callable[[Path, str, str | None], Iterator[tuple[str, Row]]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}

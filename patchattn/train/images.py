@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .documents import fingerprint_file
+from .files import fingerprint_file
 from .packing import IGNORED
 from .schema import ImageSource
 

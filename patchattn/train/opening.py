@@ -81,7 +81,7 @@ def _trained_tokenizer(recipe: Recipe, spec: TokenizerSpec, folder: Path) -> Any
     from accelerate import PartialState
     from transformers import AutoTokenizer
 
-    from .text import train_tokenizer, training_texts
+    from .tokenizer import train_tokenizer, training_texts
 
     with PartialState().main_process_first():
         if not (folder / "tokenizer_config.json").is_file():

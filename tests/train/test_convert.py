@@ -23,7 +23,7 @@ from patchattn.train.callbacks import StopCallback, read_metrics
 from patchattn.train.convert import Stopped, convert
 from patchattn.train.recipe import load_recipe
 from patchattn.train.schema import TokenizerSpec
-from patchattn.train.text import train_tokenizer
+from patchattn.train.tokenizer import train_tokenizer
 from patchattn.train.trainer import NotFinite, last_checkpoint
 
 GATES = {"method": "gated_attention", "init": "random"}

@@ -16,11 +16,16 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchattn
-from patchattn.train import packing, text
+from patchattn.train import corpus as corpus_module
+from patchattn.train import packing
+from patchattn.train.corpus import Corpus, tokenized
 from patchattn.train.data import Plan, collate, open_data
-from patchattn.train.documents import Documents, fingerprint_file
+from patchattn.train.documents import Documents
+from patchattn.train.encoding import ChatEncoder, Encoder, batches
+from patchattn.train.files import fingerprint_file
 from patchattn.train.schema import ChatSource, DataSpec, SyntheticSource, TextSource, TokenizerSpec
-from patchattn.train.text import ChatEncoder, Corpus, Encoder, Layout, TextReader, tokenized, train_tokenizer
+from patchattn.train.text import Layout, TextReader, TextStream
+from patchattn.train.tokenizer import train_tokenizer, training_texts
 
 WORDS = tuple("the cat sat on a mat while seven small dogs ran over hills and far away from home".split())  # noqa: SIM905
 IGNORED = -100
@@ -217,8 +222,8 @@ def test_a_folder_without_data_or_with_several_kinds_is_refused(tmp_path):
 
 
 def test_a_large_files_fingerprint_is_of_its_ends_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("patchattn.train.documents.WHOLE", 100)
-    monkeypatch.setattr("patchattn.train.documents.ENDS", 10)
+    monkeypatch.setattr("patchattn.train.files.WHOLE", 100)
+    monkeypatch.setattr("patchattn.train.files.ENDS", 10)
     path = tmp_path / "a.txt"
     path.write_text("x" * 200)
     before = fingerprint_file(path)
@@ -339,7 +344,7 @@ def test_every_document_comes_out_of_the_rows_again(tokenizer, story_file, tmp_p
 def test_what_is_tokenized_once_is_not_tokenized_again(tokenizer, story_file, tmp_path, monkeypatch):
     source = TextSource(path=str(story_file))
     first = opened(source, tokenizer, tmp_path)
-    monkeypatch.setattr(text, "_write", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(corpus_module, "_write", lambda *_: pytest.fail("tokenized again"))
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=2)  # which a tokenizer remembers
     again = opened(source, tokenizer, tmp_path)
     longer = opened(source, tokenizer, tmp_path, length=64)
@@ -360,7 +365,7 @@ def test_another_tokenizer_is_another_cache(tokenizer, story_file, tmp_path):
 
 def test_of_many_that_need_a_corpus_one_writes_it_and_the_others_wait(tokenizer, story_file, tmp_path, monkeypatch):
     written = []
-    write, started = text._write, threading.Barrier(4)
+    write, started = corpus_module._write, threading.Barrier(4)
 
     def slow(*arguments):
         written.append(arguments)
@@ -370,7 +375,7 @@ def test_of_many_that_need_a_corpus_one_writes_it_and_the_others_wait(tokenizer,
         started.wait()
         results.append(tokenized(Documents(TextSource(path=str(story_file))), Encoder(tokenizer), tmp_path))
 
-    monkeypatch.setattr(text, "_write", slow)
+    monkeypatch.setattr(corpus_module, "_write", slow)
     results = []
     threads = [threading.Thread(target=read, args=(results,)) for _ in range(4)]
     for thread in threads:
@@ -384,17 +389,17 @@ def test_of_many_that_need_a_corpus_one_writes_it_and_the_others_wait(tokenizer,
 def test_a_write_that_was_broken_off_leaves_nothing_and_a_full_disk_is_named(
     tokenizer, story_file, tmp_path, monkeypatch
 ):
-    documents, write = Documents(TextSource(path=str(story_file))), text._write
+    documents, write = Documents(TextSource(path=str(story_file))), corpus_module._write
 
     def killed(documents, encoder, folder, said):
         write(documents, encoder, folder, said)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(text, "_write", killed)
+    monkeypatch.setattr(corpus_module, "_write", killed)
     with pytest.raises(OSError, match="no room for the token cache"):
         tokenized(documents, Encoder(tokenizer), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    monkeypatch.setattr(text, "_write", write)
+    monkeypatch.setattr(corpus_module, "_write", write)
     corpus = tokenized(documents, Encoder(tokenizer), tmp_path / "cache")
     unfinished = corpus.folder.with_name(corpus.folder.name + ".unfinished")
     corpus.folder.rename(unfinished)  # as kill -9 leaves it
@@ -628,9 +633,9 @@ def test_a_stream_packs_as_the_whole_does(tokenizer, story_file):
     layout = Layout(48, True, cut=True, pad=1)
     corpus = Corpus.of(Encoder(tokenizer)(list(documents)), np.uint16)
     reader = TextReader(corpus, layout, {"path": "memory"}, seed=0)
-    stream = text.TextStream(documents, Encoder(tokenizer), layout, seed=0)
+    stream = TextStream(documents, Encoder(tokenizer), layout, seed=0)
     for size in (1, 500, 10**6):
-        rows = list(stream._samples(text.batches(documents, size)))
+        rows = list(stream._samples(batches(documents, size)))
         assert [plain(row) for row in rows] == [plain(reader.sample(index, 0)) for index in range(reader.size)]
 
 
@@ -726,11 +731,11 @@ def test_digits_may_stay_together():
 def test_a_tokenizer_trains_on_text_and_conversations(story_file, tmp_path):
     chats = write_rows(tmp_path / "a.jsonl", [CHAT], "messages")
     sources = [TextSource(path=str(story_file)), SyntheticSource(generator="mqar"), ChatSource(path=str(chats))]
-    assert list(text.training_texts(sources)) == [*stories(60), *(message["content"] for message in CHAT)]
+    assert list(training_texts(sources)) == [*stories(60), *(message["content"] for message in CHAT)]
     with pytest.raises(ValueError, match="no source of the recipe has any"):
-        list(text.training_texts(sources[1:2]))
+        list(training_texts(sources[1:2]))
 
 
 def test_only_the_beginning_of_very_much_text_is_trained_on(story_file, monkeypatch):
-    monkeypatch.setattr(text, "TRAINING_TEXT", 100)
-    assert "".join(text.training_texts([TextSource(path=str(story_file))])) == "".join(stories(60))[:100]
+    monkeypatch.setattr("patchattn.train.tokenizer.TRAINING_TEXT", 100)
+    assert "".join(training_texts([TextSource(path=str(story_file))])) == "".join(stories(60))[:100]
