@@ -99,6 +99,8 @@ def _write(documents: Documents, encoder: Encoder, folder: Path, said: dict[str,
             ends.append(corpus.ends + total)
             total += len(corpus.tokens)
             progress.update(len(corpus.tokens))
+    if not total:
+        raise ValueError(f"data: {documents.source.path} gives no token with this tokenizer")
     if encoder.labels and not labels:
         raise ValueError(f"data: {documents.source.path} has no token of an assistant to train on")
     np.save(folder / "ends.npy", np.concatenate(ends))

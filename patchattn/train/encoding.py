@@ -73,7 +73,9 @@ class ChatEncoder(Encoder):
         if not GENERATION.search(self.template):
             return [self._by_prefixes(chat) for chat in chats]
         marked = [
-            self.tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+            self.tokenizer.apply_chat_template(
+                chat, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+            )
             for chat in chats
         ]
         return [Encoded(one["input_ids"], [bool(flag) for flag in one["assistant_masks"]]) for one in marked]
@@ -83,7 +85,8 @@ class ChatEncoder(Encoder):
         return super().fingerprint | {"template": hashlib.sha256(self.template.encode()).hexdigest()}
 
     def _render(self, chat: Any, **options: Any) -> list[int]:
-        return self.tokenizer.apply_chat_template(chat, return_dict=True, **options)["input_ids"]
+        options.update(return_dict=True, tokenizer_kwargs={"verbose": False})
+        return self.tokenizer.apply_chat_template(chat, **options)["input_ids"]
 
     def _by_prefixes(self, chat: list[dict[str, Any]]) -> Encoded:
         """What an assistant's message adds to the conversation before it, generation prompt included, is its own."""

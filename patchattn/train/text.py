@@ -73,7 +73,7 @@ class TextReader:
             parts, how = (segments[~held], segments[held]), "whole documents"
         else:
             sizes = np.ceil((segments[:, 1] - segments[:, 0]) * share).astype(np.int64)
-            cut = segments[:, 1] - np.maximum(sizes, 2)
+            cut = np.maximum(segments[:, 1] - np.maximum(sizes, 2), segments[:, 0])
             front, back = np.stack([segments[:, 0], cut], axis=1), np.stack([cut, segments[:, 1]], axis=1)
             parts, how = (front[cut > front[:, 0]], back), "the end of each document"
         if not all(map(len, parts)):
@@ -143,6 +143,8 @@ class TextStream:
         rest: list[Encoded] = []
         for batch in batches:
             corpus = Corpus.of(rest + self.encoder(batch), self.encoder.dtype)
+            if not len(corpus.segments):  # documents that gave no token
+                continue
             rows = self.layout.rows(corpus.segments)
             open_rows = 1 if self.layout.packing else 0  # the last row may have room for what comes
             for index in range(len(rows) - open_rows):

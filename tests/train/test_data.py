@@ -448,6 +448,13 @@ def test_of_a_single_document_the_end_is_held_out(tokenizer, tmp_path):
     assert data.fingerprints["held_out"][0]["held_out"]["by"] == "the end of each document"
 
 
+def test_ends_that_are_held_out_lie_within_their_documents():
+    corpus = Corpus(np.arange(24, dtype=np.uint16), None, np.array([1, 3, 24]))
+    train, held = TextReader(corpus, Layout(8, True, cut=True, pad=0), {"path": "memory"}, seed=0).split(0.1)
+    assert train.segments.tolist() == [[3, 21]]
+    assert held.segments.tolist() == [[0, 1], [1, 3], [21, 24]]
+
+
 def test_held_out_sources_of_their_own_are_used(tokenizer, story_file, tmp_path):
     (tmp_path / "other.txt").write_text("far away " * 50)
     other = TextSource(path=str(tmp_path / "other.txt"))
