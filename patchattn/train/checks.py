@@ -242,6 +242,13 @@ def _distilled(path: str, stage: Any, recipe: Any) -> Found:
 
 
 @check(schema.Trained)
+def _moving_teacher(path: str, stage: Any, recipe: Any) -> Found:
+    terms = {name for name, weight in (stage.losses or stage.DEFAULT_LOSSES).items() if weight}
+    if terms & {"logits", "hidden"} and getattr(stage, "parameters", "patch") != "patch":
+        yield f"{path}.parameters", "the base model teaches and must stay as it is; train the patch, or use stage lora"
+
+
+@check(schema.Trained)
 def _on(path: str, stage: Any, recipe: Any) -> Found:
     if stage.on not in ("all", "labelled") and not (isinstance(stage.on, int) and stage.on >= 1):
         yield f"{path}.on", f"{shown(stage.on)} is not allowed; allowed: all, labelled, or a whole number of at least 1"

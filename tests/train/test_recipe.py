@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -464,25 +463,3 @@ def test_accelerate_launch_takes_the_shipped_configurations(name):
     assert (config.distributed_type.value, config.use_cpu) == CONFIGS[name]
     known = vars(launch.launch_command_parser().parse_args(["script"]))
     assert set(config.fsdp_config) | set(config.deepspeed_config) <= set(known)
-
-
-def test_fsdp_is_not_left_out_on_a_cpu(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from accelerate import Accelerator, PartialState\n"
-        "from patchattn.train.trainer import _let_cpus_shard\n"
-        "state = PartialState(cpu=True)\n"
-        "_let_cpus_shard()\n"
-        "accelerator = Accelerator()\n"
-        "found = f'{state.num_processes} {accelerator.distributed_type.value} {accelerator.device.type}'\n"
-        "open(f'{state.process_index}.txt', 'w').write(found)\n"
-        "accelerator.end_training()\n"
-    )
-    config = str(library.find("accelerate/fsdp2-cpu"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [(tmp_path / f"{process}.txt").read_text() for process in range(2)] == ["2 FSDP cpu"] * 2
