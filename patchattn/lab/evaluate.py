@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SEED = 1_000_003  # of generated questions: training draws its own from other seeds
 LENGTHS = (512, 1024)
 QUESTIONS = 64
-DRAWINGS = 20  # of each class
+DRAWINGS = 10  # of each class
 JUDGE = "lab-vit"  # which says what was drawn
 MOST_MEGABYTES = 10.0
 
