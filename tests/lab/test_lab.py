@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from typer.testing import CliRunner
 
@@ -31,9 +32,12 @@ def test_all_checkpoints_are_there_and_small_enough_for_a_wheel():
 
 @pytest.mark.parametrize("name", lab.names())
 def test_a_checkpoint_is_in_bfloat16_with_a_card_and_a_recipe(name):
-    model = load_model(name)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert lab.facts(name)["parameters"] <= sum(parameter.numel() for parameter in model.parameters())
+    dtypes = set()
+    for file in lab.path(name).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            dtypes |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    assert dtypes == {"BF16"}
+    assert lab.facts(name)["parameters"] == sum(weight.numel() for weight in load_model(name).parameters())
     assert f"patchattn convert {lab.recipe(name)}" in (lab.path(name) / "README.md").read_text(encoding="utf-8")
     assert load_recipe(lab.recipe(name)).output == name
 
@@ -181,3 +185,9 @@ def test_evaluate_prints_numbers_beside_goals():
     result = CliRunner().invoke(app, ["lab", "evaluate", "lab-vit", "--json"])
     (number,) = json.loads(result.stdout)["numbers"]
     assert number["checkpoint"] == "lab-vit" and number["goal"] == 0.97 and number["reached"] is True
+
+
+def test_data_says_where_the_text_went_and_under_what_licence(monkeypatch, tmp_path):
+    monkeypatch.setattr("patchattn.lab.sources.fetch", lambda folder: {"books": folder / "books"})
+    result = CliRunner().invoke(app, ["lab", "data", str(tmp_path)])
+    assert str(tmp_path / "books") in result.stdout and "public domain" in result.stdout
