@@ -257,8 +257,9 @@ class _Conversion:
         batch = stage.batch_size * args.gradient_accumulation_steps * self.process.num_processes
         if isinstance(stage, IdentifyHeads):
             spec = replace(spec, packing=False)
+        processor = self.task.scheduler if isinstance(self.task, Denoising) else self.processor
         return open_data(
-            spec, task=self.recipe.model.task, processor=self.processor, length=self._length(stage),
+            spec, task=self.recipe.model.task, processor=processor, length=self._length(stage),
             seed=self.recipe.seed, samples=args.max_steps * batch, cache=self.training / "data",
             model_config=self.model.config,
         )  # fmt: skip

@@ -220,7 +220,7 @@ def open_data(
     """Open the sources of a recipe.
 
     Args:
-        processor: the tokenizer (causal-lm), the processor (image-text), or None.
+        processor: the tokenizer (causal-lm), the processor (image-text), the noise schedule (denoising), or None.
         length: tokens in a sample.
         samples: how many training samples will be asked for.
         cache: folder for tokenized text; what is in it already is used again.

@@ -18,7 +18,6 @@ from .packing import IGNORED
 from .schema import ImageSource
 
 UNLABELLED = 0.1  # share of training samples of the null class, which classifier-free guidance needs
-TIMESTEPS = 1000  # of diffusers' noise schedules, unless they say otherwise
 
 Sample = dict[str, Any]
 Make = Callable[[Tensor, int, torch.Generator], Sample]
@@ -67,24 +66,21 @@ class ImageReader:
         held_out: set[int] = set()
         for members in _shuffled_classes(self.pictures.labels, self.chosen):
             held_out.update(members[: round(share * len(members))])
-        parts = {
-            "train": [number for number in self.chosen if number not in held_out],
-            "held-out": [number for number in self.chosen if number in held_out],
-        }
-        for part, members in parts.items():
-            if not members:
-                raise ValueError(
-                    f"data: held_out is {share}, which leaves the {part} part of {self.source.path!r} without images; "
-                    f"it has {self.size}"
-                )
-        return tuple(replace(self, chosen=members, part=part) for part, members in parts.items())  # type: ignore[return-value]
+        train = [number for number in self.chosen if number not in held_out]
+        if not train or not held_out:
+            raise ValueError(
+                f"data: held_out is {share}, which leaves {len(train)} images of {self.source.path!r} for training and "
+                f"{len(held_out)} for evaluation; both must have some"
+            )
+        kept = [number for number in self.chosen if number in held_out]
+        return replace(self, chosen=train, part="train"), replace(self, chosen=kept, part="held-out")
 
 
 def open_source(source: ImageSource, *, task: str, processor: Any, model_config: Any, seed: int) -> ImageReader:
     """Read a source for a task.
 
     Args:
-        processor: for image-text, a LLaVA processor; for denoising, the noise scheduler or None.
+        processor: for image-text, a LLaVA processor; for denoising, the noise schedule.
         model_config: says the size and channels of the images and how many classes there may be.
     """
     pictures = _open(source)
@@ -96,7 +92,7 @@ def open_source(source: ImageSource, *, task: str, processor: Any, model_config:
     elif task == "denoising":
         classes = _value(model_config, "num_embeds_ada_norm")
         _check_classes(pictures, source, classes, "num_embeds_ada_norm")
-        make = _Denoised(classes, getattr(getattr(processor, "config", None), "num_train_timesteps", TIMESTEPS))
+        make = _Denoised(classes, processor.config.num_train_timesteps)
     elif task == "image-text":
         names = source.names or pictures.names
         if len(names) < len(pictures.names):
@@ -290,7 +286,10 @@ def _open(source: ImageSource) -> Pictures:
 
 
 def _digits() -> Pictures:
-    import sklearn.datasets
+    try:
+        import sklearn.datasets
+    except ImportError as error:
+        raise ImportError("digits come with scikit-learn; install it with: pip install 'patchattn[train]'") from error
 
     found = sklearn.datasets.load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
