@@ -179,6 +179,7 @@ class _Conversion:
             checkpoint = last_checkpoint(folder)
         if checkpoint is not None:
             self.say(f"stage {index} {stage.kind}: goes on from {checkpoint.name}")
+            args.eval_on_start = False
         start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
