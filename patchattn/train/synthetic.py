@@ -385,22 +385,18 @@ class AssociativeRecall(Generator):
     """`pairs` of a key and its value, then keys again among noise: each one's value is asked for.
 
     Keys, values and noise are single tokens of three separate thirds of the vocabulary's words. `queries` is how
-    often a key comes again, in all (default: each key once). `vocabulary` is how many words there are to choose from
-    (default: all): few make the task easier to learn. `power` spreads the queries: 1 is evenly over the
-    rest of the sample; towards 0, as in the paper (0.01), most follow soon after the pairs.
+    often a key comes again, in all, each time any of them (default: each key once). `power` spreads the queries: 1
+    is evenly over the rest of the sample; towards 0, as in the paper (0.01), most follow soon after the pairs.
     """
 
     name = "mqar"
     pairs: int = 8
     queries: int | None = None
-    vocabulary: int | None = None
     power: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocabulary is not None:
-            self.check("vocabulary", least=3, most=len(self.words))
-        self.check("pairs", least=1, most=(self.vocabulary or len(self.words)) // 3)
+        self.check("pairs", least=1, most=len(self.words) // 3)
         self.check("power", least=0.001, most=1)
         if self.queries is not None:
             self.check("queries", least=1)
@@ -408,7 +404,7 @@ class AssociativeRecall(Generator):
     @functools.cached_property
     def pools(self) -> list[np.ndarray[Any, Any]]:
         """Keys, values, noise."""
-        return [np.array(self.words[: self.vocabulary][third::3]) for third in range(3)]
+        return [np.array(self.words[third::3]) for third in range(3)]
 
     def draw(self, random: np.random.Generator, length: int) -> Drawn:
         keys, values, noise = self.pools
@@ -419,8 +415,7 @@ class AssociativeRecall(Generator):
         places = self.room(start + 2 * queries, length) // 2 + queries  # pairs of tokens after the key-value pairs
         odds = np.arange(1, places + 1) ** (self.power - 1)
         chosen = np.sort(random.choice(places, size=queries, replace=False, p=odds / odds.sum(), shuffle=False))
-        # Whole rounds over all keys, each in another order, so that every key is asked for about as often.
-        asked = np.concatenate([random.permutation(self.pairs) for _ in range(-(-queries // self.pairs))])[:queries]
+        asked = random.permutation(self.pairs) if self.queries is None else random.integers(self.pairs, size=queries)
         ids = noise[random.integers(len(noise), size=length)]
         ids[: len(self.opening)] = self.opening
         ids[len(self.opening) : start : 2] = keys
@@ -432,19 +427,33 @@ class AssociativeRecall(Generator):
 
 @dataclass(frozen=True, kw_only=True)
 class Copy(Haystack):
-    """A passage, then the same passage again. It is random words, or with `text` a piece of a text."""
+    """A passage, then the same passage again. It is random words, or with `text` a piece of a text.
+
+    With `span`, a number of tokens or `[low, high]`, the passage is so short and comes again and again.
+    """
 
     name = "copy"
+    span: Range | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.span is not None:
+            self.check("span", least=1)
 
     def draw(self, random: np.random.Generator, length: int) -> Drawn:
-        middle = self.line("Again:")
+        middle = [] if self.span else self.line("Again:")
         count = (self.room(len(self.opening) + len(middle) + 2, length) + 2) // 2
-        if self.text is None:
-            passage = np.array(self.words)[random.integers(len(self.words), size=count)].tolist()
-        else:
-            passage = self.filler(random, count)
+        if self.span is not None:
+            low, high = bounds(self.span, "span")
+            count = min(count, int(random.integers(int(low), int(high), endpoint=True)))
+        passage = self.filler(random, count) if self.text is not None else self._words(random, count)
         ids = [*self.opening, *passage, *middle]
-        return Drawn(ids + passage, [slice(len(ids), len(ids) + count)])
+        again = (passage * (length // count))[: length - len(ids)] if self.span else passage
+        return Drawn(ids + again, [slice(len(ids), len(ids) + len(again))])
+
+    def _words(self, random: np.random.Generator, count: int) -> list[int]:
+        words: list[int] = np.array(self.words)[random.integers(len(self.words), size=count)].tolist()
+        return words
 
 
 @dataclass(frozen=True, kw_only=True)
