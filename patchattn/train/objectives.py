@@ -18,6 +18,7 @@ from torch.nn import functional
 from .. import duo
 from ..living import disabled, watching
 from ..record import attachment_of, patch_of, record_of, root_of
+from .tasks import IGNORED
 
 if TYPE_CHECKING:
     from ..context import AttentionContext
@@ -57,6 +58,10 @@ class Transfer:
             return {"transfer": torch.stack(self.losses).sum()}
         finally:
             self.losses = self.backward = None
+
+    def size(self, batch: Batch) -> int:
+        """What a batch's mean is taken over."""
+        return self.task.size(batch)
 
     def _transfer(self, ctx: AttentionContext) -> Tensor:
         target = ctx.base()
@@ -118,6 +123,10 @@ class EndToEnd:
             for name, values in self._auxiliary().items():
                 terms[name] = torch.stack(values).mean() * share * self.weights["auxiliary"]
         return {name: term * self.weights.get(name, 1.0) for name, term in terms.items()}
+
+    def size(self, batch: Batch) -> int:
+        """What a batch's mean is taken over: targets, or tokens where there is no task."""
+        return max(1, self.task.count(batch) or 1) if self.weights.get("task") else self.task.size(batch)
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Any]) -> Any:
@@ -187,6 +196,10 @@ class HeadSearch:
         distilled = duo.distill_loss(outputs.hidden_states[-1], labels)
         size = torch.cat([gate.abs() for gate in self.gates]).mean()
         return {"distill": distilled * share, "size": self.penalty * size * share}
+
+    def size(self, batch: Batch) -> int:
+        """What a batch's mean is taken over."""
+        return int((batch["labels"] != IGNORED).sum())
 
     @torch.no_grad()
     def before_step(self) -> None:

@@ -37,6 +37,13 @@ class Task:
         """Targets in a batch, which its losses are divided by."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
+    def size(self, batch: Batch) -> int:
+        """Tokens or images in a batch, without padding."""
+        if not self.token_level:
+            return len(next(iter(batch.values())))
+        mask = batch.get("attention_mask")
+        return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         """The sum over all targets of a batch."""
         labels = batch["labels"][:, 1:].flatten()

@@ -92,7 +92,18 @@ class ConversionTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs), None, None
+            loss = self.compute_loss(model, inputs)
+        size = self.objective.size(inputs)
+        self._held_out += torch.tensor([loss.item() * size, size], dtype=torch.float64)
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, with a loss that is the mean over all tokens or targets, however they fall into batches."""
+        self._held_out = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, size = self.accelerator.reduce(self._held_out.to(self.args.device).float()).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / size
+        return output
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         total = torch.tensor(sum(self.task.count(batch) or 0 for batch in batch_samples), device=device)
