@@ -97,7 +97,7 @@ class SyntheticSource(Source):
 
     kind: ClassVar[str] = "synthetic"
     generator: str = setting(
-        "which task", allowed=("passkey", "needle", "mqar", "copy", "lookup", "multi_passkey")
+        "which task", allowed=("passkey", "needle", "mqar", "copy", "echo", "lookup", "multi_passkey")
     )
     options: dict[str, Any] = setting("settings of the generator, such as pairs, depth, length", {})
 

@@ -6,6 +6,7 @@
 | `needle`        | the number, or all numbers, of one of several words that the text gives numbers to                 |
 | `mqar`          | multi-query associative recall: the value of each key seen before (Arora et al., 2023, 2312.04927) |
 | `copy`          | the whole text again                                                                              |
+| `echo`          | of every two words the first one again: what looking one token back gives                          |
 | `lookup`        | the value of one key in a list that fills the context (Liu et al., 2023, arXiv 2307.03172)         |
 | `multi_passkey` | several passkeys in turn, DuoAttention's identification data (Xiao et al., 2024, 2410.10819)       |
 
@@ -384,19 +385,23 @@ class MultiPasskey(Haystack):
 class AssociativeRecall(Generator):
     """`pairs` of a key and its value, then keys again among noise: each one's value is asked for.
 
-    Keys, values and noise are single tokens of three separate thirds of the vocabulary's words. `queries` is how
-    often a key comes again, in all, each time any of them (default: each key once). `power` spreads the queries: 1
-    is evenly over the rest of the sample; towards 0, as in the paper (0.01), most follow soon after the pairs.
+    Keys, values and noise are single tokens of three separate thirds of the vocabulary's words, or of its first
+    `vocabulary` words: few are learned sooner. `queries` is how often a key comes again, in all, each time any of them
+    (default: each key once). `power` spreads the queries: 1 is evenly over the rest of the sample; towards 0, as in
+    the paper (0.01), most follow soon after the pairs.
     """
 
     name = "mqar"
     pairs: int = 8
     queries: int | None = None
+    vocabulary: int | None = None
     power: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("pairs", least=1, most=len(self.words) // 3)
+        if self.vocabulary is not None:
+            self.check("vocabulary", least=3, most=len(self.words))
+        self.check("pairs", least=1, most=(self.vocabulary or len(self.words)) // 3)
         self.check("power", least=0.001, most=1)
         if self.queries is not None:
             self.check("queries", least=1)
@@ -404,7 +409,7 @@ class AssociativeRecall(Generator):
     @functools.cached_property
     def pools(self) -> list[np.ndarray[Any, Any]]:
         """Keys, values, noise."""
-        return [np.array(self.words[third::3]) for third in range(3)]
+        return [np.array(self.words[: self.vocabulary][third::3]) for third in range(3)]
 
     def draw(self, random: np.random.Generator, length: int) -> Drawn:
         keys, values, noise = self.pools
@@ -457,6 +462,30 @@ class Copy(Haystack):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Echo(Generator):
+    """Random words in threes: any two, and the first of them again, which is asked for.
+
+    A head that looks one token back solves it; recall is built on such heads, and is learned late without them.
+    `vocabulary` is how many of the vocabulary's words are used (default: all): few are learned sooner.
+    """
+
+    name = "echo"
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocabulary is not None:
+            self.check("vocabulary", least=2, most=len(self.words))
+
+    def draw(self, random: np.random.Generator, length: int) -> Drawn:
+        threes = self.room(len(self.opening) + 3, length) // 3 + 1
+        pool = np.array(self.words[: self.vocabulary])
+        words = pool[random.integers(len(pool), size=(threes, 2))]
+        ids = [*self.opening, *words[:, [0, 1, 0]].ravel().tolist()]
+        return Drawn(ids, [slice(place, place + 1) for place in range(len(self.opening) + 2, len(ids), 3)])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lookup(Generator):
     """Lines `key: value`, then one of the keys again: its value is asked for.
 
@@ -506,7 +535,7 @@ class Lookup(Generator):
 
 
 GENERATORS: dict[str, type[Generator]] = {
-    generator.name: generator for generator in (Passkey, Needle, AssociativeRecall, Copy, Lookup, MultiPasskey)
+    generator.name: generator for generator in (Passkey, Needle, AssociativeRecall, Copy, Echo, Lookup, MultiPasskey)
 }
 
 

@@ -17,7 +17,7 @@ SMALL = {"multi_passkey": {"passkeys": 2, "words_each": 2}, "mqar": {"pairs": 8}
 CASES = [
     *((name, SMALL.get(name, {})) for name in GENERATORS), ("needle", {"keys": 3}), ("needle", {"values": 3}),
     ("mqar", {"pairs": 5, "queries": 20, "power": 0.01}), ("lookup", {"pairs": 4, "digits": 2}),
-    ("copy", {"span": [2, 9]}),
+    ("copy", {"span": [2, 9]}), ("mqar", {"vocabulary": 24}), ("echo", {"vocabulary": 24}),
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_samples_have_the_asked_length_and_labels_on_their_answers(tokenizer, na
     for index, length in enumerate((700, 701, 938)):
         sample = generator.sample(index, length)
         ids, labels = sample["input_ids"], sample["labels"]
-        slack = {"copy": 1, "lookup": length if options else 60}.get(name, 0)
+        slack = {"copy": 1, "echo": 2, "lookup": length if options else 60}.get(name, 0)
         assert length - slack <= len(ids) == len(labels) <= length
         assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
         assert ids[0] == tokenizer.bos_token_id
@@ -157,6 +157,15 @@ def test_a_short_span_comes_again_and_again(bpe):
     assert {2, 3, 4, 5} <= spans
 
 
+def test_an_echo_gives_the_first_of_two_words_again(bpe):
+    sample = make("echo", bpe, vocabulary=24).sample(0, 91)
+    ids, labels = sample["input_ids"], sample["labels"]
+    assert len(ids) == 91
+    assert ids[3::3] == ids[1::3] == labels[3::3]
+    assert [place for place, label in enumerate(labels) if label != IGNORED] == list(range(3, 91, 3))
+    assert len(set(ids[1:])) <= 24
+
+
 def test_a_lookup_asks_for_a_line_of_its_list(tokenizer):
     prompt, answer = make("lookup", tokenizer).question(0, 500)
     *lines, asked = tokenizer.decode(prompt).removeprefix(tokenizer.bos_token).strip().split("\n")[1:]
@@ -218,6 +227,8 @@ WRONG = [
     ("needle", {"keys": 0}, "needle: keys is 0"),
     ("mqar", {"pairs": 1000}, "mqar: pairs is 1000"),
     ("mqar", {"length": "long"}, "mqar: length is 'long'"),
+    ("mqar", {"vocabulary": 9}, "mqar: pairs is 8; it must be a number from 1 to 3"),
+    ("echo", {"vocabulary": 1}, "echo: vocabulary is 1"),
     ("lookup", {"digits": 0}, "lookup: digits is 0"),
 ]
 
@@ -230,8 +241,8 @@ def test_a_wrong_option_is_an_error_that_says_what_is_allowed(bpe, name, options
 
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_a_length_that_cannot_hold_the_task_is_an_error_that_says_the_least(bpe, name):
-    with pytest.raises(ValueError, match=rf"{name}: length is 4; .* must be at least \d+"):
-        make(name, bpe, **SMALL.get(name, {})).sample(0, 4)
+    with pytest.raises(ValueError, match=rf"{name}: length is 2; .* must be at least \d+"):
+        make(name, bpe, **SMALL.get(name, {})).sample(0, 2)
 
 
 def test_a_missing_haystack_is_an_error_that_names_it(bpe, tmp_path):
