@@ -243,7 +243,7 @@ def _distilled(path: str, stage: Any, recipe: Any) -> Found:
 
 @check(schema.Trained)
 def _moving_teacher(path: str, stage: Any, recipe: Any) -> Found:
-    terms = {name for name, weight in (stage.losses or stage.DEFAULT_LOSSES).items() if weight}
+    terms = {name for name, weight in (stage.losses or stage.DEFAULT_LOSSES).items() if weight > 0}
     if terms & {"logits", "hidden"} and getattr(stage, "parameters", "patch") != "patch":
         yield f"{path}.parameters", "the base model teaches and must stay as it is; train the patch, or use stage lora"
 
