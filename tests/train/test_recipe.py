@@ -249,7 +249,7 @@ OVERRIDDEN = [
     (NO_PATCH, "stages={kind: distill, steps: 1}", "stages.0: distill needs a patched model; give the recipe a patch"),
     (NO_PATCH, "stages={kind: tune, steps: 1, parameters: patch}", "stages.0: tune needs a patch, whose parameters"),
     (NO_PATCH, "stages={kind: lora, steps: 1, losses: {logits: 1}}", "stages.0.losses: logits are learned from the"),
-    (MINIMAL, "stages={kind: distill, steps: 1, parameters: all}", "stages.0.parameters: the base model teaches and must"),
+    (MINIMAL, "stages={kind: distill, steps: 1, parameters: all}", "stages.0.parameters: the base model teaches"),
     (MINIMAL, "stages={kind: identify_heads, steps: 1}", "stages.0: identify_heads puts its own patch on"),
     (NO_PATCH, "stages=[{kind: identify_heads, steps: 1}, {kind: identify_heads, steps: 1}]",
      "stages.1: identify_heads puts its own patch on"),
