@@ -304,7 +304,7 @@ def env(as_json: Json = False) -> None:
 
 @app.command(
     epilog=examples(
-        "patchattn convert gated_attention/lab-llama output=my-conversion",
+        "patchattn convert gated_attention/smollm2-135m output=my-conversion",
         "patchattn convert my-recipe.yaml model=Qwen/Qwen3-0.6B stages.0.steps=500",
         "accelerate launch --config_file fsdp2.yaml -m patchattn convert my-recipe.yaml",
     )

@@ -19,7 +19,6 @@ from patchattn.train.images import open_source
 from patchattn.train.recipe import load_recipe
 from patchattn.train.schema import ImageSource
 
-
 # ---- what ships --------------------------------------------------------------------------------------------------
 
 
