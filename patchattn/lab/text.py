@@ -88,8 +88,7 @@ def bits_per_byte(
 ) -> TextScore:
     """Cross-entropy of texts in bits per byte of UTF-8.
 
-    Every text starts with the BOS token (EOS where there is none), which is not counted; so does every window of
-    a long text.
+    Every text starts with the BOS token (EOS where there is none), which is not counted.
 
     Args:
         length: tokens the model sees at most.
@@ -102,8 +101,7 @@ def bits_per_byte(
         ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         size, count = size + len(text.encode()), count + len(ids) - 1
         for first, counted, end in windows(len(ids), length, stride or length // 2):
-            # A later window's first token is context alone, so that BOS can stand in its place.
-            rows[end - first].append((start + ids[first + 1 : end], counted - first))
+            rows[end - first].append((ids[first:end], counted - first))
     if not count:
         raise ValueError("bits_per_byte: there is no text")
     total = 0.0

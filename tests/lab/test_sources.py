@@ -61,6 +61,24 @@ def test_books_come_plain_with_their_last_part_held_out(registry, tmp_path):
     assert held_out.endswith("Crêpe.\n")
 
 
+def test_training_text_comes_in_passages_of_whole_paragraphs(registry, tmp_path):
+    place = sources.fetch(tmp_path / "data")["books"]
+    passages = (place / "train" / "one.txt").read_text("utf-8").strip().split(sources.BORDER)
+    assert len(passages) > 3
+    assert all(2_000 <= len(passage) < 2_400 for passage in passages[:-1])
+    assert set(sources.BORDER.join(passages).replace(sources.BORDER, "\n\n").split("\n\n")) == {PARAGRAPH.strip()}
+    assert sources.BORDER not in (place / "held_out" / "one.txt").read_text("utf-8")
+
+
+def test_text_that_was_cut_another_way_is_fetched_again(registry, tmp_path, monkeypatch):
+    place = sources.fetch(tmp_path / "data")["books"]
+    before = (place / "train" / "one.txt").read_text("utf-8")
+    monkeypatch.setattr(sources, "PASSAGE", 1_000)
+    monkeypatch.setattr(sources, "LAYOUT", {"held_out": 0.03, "passage": 1_000})
+    sources.fetch(tmp_path / "data")
+    assert (place / "train" / "one.txt").read_text("utf-8").count(sources.BORDER) > before.count(sources.BORDER)
+
+
 def test_the_manifest_names_origin_licence_and_files(registry, tmp_path):
     place = sources.fetch(tmp_path / "data")["books"]
     manifest = json.loads((place / "sources.json").read_text())
