@@ -242,6 +242,8 @@ class _Conversion:
             "logging_first_step": True, "eval_strategy": "steps", "eval_steps": interval, "eval_on_start": True,
             "save_strategy": "steps", "save_steps": interval, "save_total_limit": 2, "report_to": "none",
             "use_cpu": not torch.accelerator.is_available(),
+            # The Trainer writes it into the model's config, which is saved; batches say themselves that they need none.
+            "use_cache": bool(getattr(self.model.config, "use_cache", False)),
         }  # fmt: skip
         return arguments(folder, **{**ours, **given})
 

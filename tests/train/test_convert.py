@@ -153,6 +153,7 @@ def test_a_recipe_makes_a_new_model_with_a_tokenizer_of_its_own(base: Path, tmp_
 
     model, tokenizer = (kind.from_pretrained(tmp_path / "new") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert model.dtype == torch.bfloat16 and model.config.vocab_size == len(tokenizer) == 280
+    assert model.config.use_cache
     assert tokenizer.decode(tokenizer.encode("a fox 42"), skip_special_tokens=True) == "a fox 42"
 
 
