@@ -36,6 +36,8 @@ def join_llava(language_model: Any, tokenizer: Any, vision_model: Any) -> tuple[
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
+    for part in (config.vision_config, config.text_config):
+        part.name_or_path = ""  # else the result would tell in which folders its parts lay
     model = LlavaForConditionalGeneration(config).to(language_model.dtype)
     # Not strict: a classifier has no pooler; LLaVA makes one and does not use it.
     model.model.vision_tower.load_state_dict(vision.state_dict(), strict=False)

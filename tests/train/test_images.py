@@ -307,6 +307,15 @@ def test_a_joined_model_opens_again_with_its_processor(llava, tmp_path):
     assert torch.allclose(again(**inputs).logits, model(**inputs).logits, atol=1e-6)
 
 
+def test_a_joined_model_does_not_tell_where_its_parts_lay(tokenizer, tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer) + 1, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    language = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    model, _ = join_llava(language, tokenizer, transformers.ViTForImageClassification(vit_config()))
+    assert str(tmp_path) not in model.config.to_json_string()
+
+
 def test_too_few_answers_are_refused(llava):
     _, _, model, processor = llava
     with pytest.raises(ValueError, match="names has 2 answers and 'digits' 10 classes"):
