@@ -1,7 +1,7 @@
 """`patchattn demo`: every method on one model, with what it costs and what must hold.
 
-The model is a tiny Llama with random weights, made on the spot: it shows that the machinery is right and what
-the caches hold, not what a method does to the quality of answers.
+The model is lab-llama, which ships with patchattn and has learned to recall what it has read: so the table shows what a
+method saves and, untrained as its patch is here, what it costs in answers.
 """
 
 from __future__ import annotations
@@ -31,18 +31,24 @@ if TYPE_CHECKING:
 PROMPTS = (411, 500)  # tokens of the two rows of the padded batch, beyond what DuoAttention's windows hold
 NEW_TOKENS = 12
 TIMED_TOKENS = 16
+RECALL = {"length": 512, "samples": 8, "batch": 4}
 TOLERANCE = 1e-4  # float32, on logits
 MIXED = {"even": "gated_attention over duo_attention", "odd": "dense"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on the model. `seconds` is the fastest of some decoded tokens after `tokens` of context."""
+    """One method on the model.
+
+    `seconds` is the fastest of some decoded tokens after `tokens` of context; `recall` the share of values that a model
+    which can recall gives for their keys.
+    """
 
     method: str
     bytes: int
     difference: float
     seconds: float
+    recall: float | None
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,13 @@ class Demo(Report):
 
     def parts(self) -> list[RenderableType]:
         base = self.rows[0]
-        columns = ("method", f"cache at {self.tokens} tokens", "of the base's", "largest difference", "a decoded token")
+        columns = ("method", f"cache at {self.tokens} tokens", "of the base's", "largest difference", "a decoded token",
+                   f"recall over {RECALL['length']} tokens")  # fmt: skip
         rows = table(*columns, title=self.model)
         for row in self.rows:
             difference = f"{row.difference:.1e}" if row.difference else "0"
             add_row(rows, row.method, f"{row.bytes:,} bytes", f"{row.bytes / base.bytes:.1%}", difference,
-                    f"{1000 * row.seconds:.2f} ms")  # fmt: skip
+                    f"{1000 * row.seconds:.2f} ms", None if row.recall is None else f"{row.recall:.1%}")  # fmt: skip
         lines = [f"A decoded token: the fastest of {TIMED_TOKENS}, on this machine as busy as it was."]
         lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         lines += [f"{'✓' if check.passed else '✗'} {check.says}{f': {check.detail}' if check.detail else ''}"
@@ -90,11 +97,20 @@ def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
     """Patch, compare, generate, save, reload and unpatch, with every registered method and a mixed plan.
 
     Args:
-        model: an unpatched decoder in float32, left as it was; default: a tiny Llama with random weights.
+        model: an unpatched decoder in float32, left as it was; default: lab-llama.
         tokens: how long the context is at which caches and decoding time are measured.
     """
+    questions = None
     if model is None:
-        model, title = tiny_llama(), "a tiny Llama with random weights (seed 0)"
+        from transformers.utils import logging
+
+        from . import lab
+        from .loading import load_tokenizer
+        from .train import synthetic
+
+        logging.disable_progress_bar()
+        model, title = lab.load("lab-llama"), "lab-llama, a small Llama that ships with patchattn"
+        questions = synthetic.make("mqar", load_tokenizer("lab-llama"), seed=1, pairs=8)
     else:
         title = f"{type(model).__name__} {getattr(model.config, '_name_or_path', '')}".strip()
     patches, left_out = _patches(model)
@@ -103,11 +119,11 @@ def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
     ids = torch.randint(1, vocabulary, (1, tokens), generator=generator)
     prompts = [torch.randint(1, vocabulary, (1, length), generator=generator) for length in PROMPTS]
     with torch.no_grad():
-        wanted, row = _measure(model, ids, "unpatched", None)
+        wanted, row = _measure(model, ids, "unpatched", None, questions)
         rows, wrong = [row], _Wrong()
         for name, what in patches.items():
             patch(model, what)
-            _, row = _measure(model, ids, name, wanted)
+            _, row = _measure(model, ids, name, wanted, questions)
             rows.append(row)
             if isinstance(what, Method) and what.exact and row.difference > TOLERANCE:
                 wrong.exact.append(f"{name} differs by {row.difference:.1e}")
@@ -115,17 +131,6 @@ def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
                 wrong.padding.append(name)
             _check_reload(model, ids, name, wanted, wrong)
     return Demo(title, tokens, rows, left_out, wrong.checks(len(patches)))
-
-
-def tiny_llama() -> nn.Module:
-    """A Llama of 4 layers, 8 heads over 4 KV heads of size 32, with random weights from a fixed seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-                         intermediate_size=512, vocab_size=512, max_position_embeddings=32768)  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
 
 
 def _patches(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
@@ -151,8 +156,10 @@ def _names(plans: Iterable[str]) -> list[str]:
     return [name for plan in plans for name in plan.split(" over ")]
 
 
-def _measure(model: Any, ids: Tensor, name: str, wanted: Tensor | None) -> tuple[Tensor, Row]:
-    """Logits `[1, T, V]` of the prompt, and what its cache and the tokens after it cost."""
+def _measure(model: Any, ids: Tensor, name: str, wanted: Tensor | None, questions: Any) -> tuple[Tensor, Row]:
+    """Logits `[1, T, V]` of the prompt, what its cache and the tokens after it cost, and how much is recalled."""
+    from .lab.text import recall
+
     result = model(input_ids=ids, use_cache=True)
     logits, cache = result.logits, result.past_key_values
     held = cache_bytes(cache)
@@ -162,7 +169,8 @@ def _measure(model: Any, ids: Tensor, name: str, wanted: Tensor | None) -> tuple
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
         times.append(time.perf_counter() - start)
     difference = 0.0 if wanted is None else (logits - wanted).abs().max().item()
-    return logits, Row(name, held, difference, min(times))
+    recalled = None if questions is None else recall(model, questions, **RECALL).tokens
+    return logits, Row(name, held, difference, min(times), recalled)
 
 
 def _padding_is_harmless(model: Any, prompts: Sequence[Tensor]) -> bool:
