@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SEED = 1_000_003  # of generated questions: training draws its own from other seeds
-LENGTHS = (512, 1024)
+RECALL = {512: 0.95, 1024: None}  # tokens of a text that asks for something, and the share of answers to be right
 QUESTIONS = 64
 DRAWINGS = 10  # of each class
 JUDGE = "lab-vit"  # which says what was drawn
@@ -27,20 +27,20 @@ class Number:
 
     Attributes:
         value: None if it could not be measured; `on` says why.
-        goal: what it is to be, at least, or at most where `smaller` is better.
+        goal: what it is to be, at least, or at most where `smaller` is better; None: it is shown for its own sake.
         on: what it was measured on.
     """
 
     checkpoint: str
     what: str
     value: float | None
-    goal: float
+    goal: float | None
     on: str
     smaller: bool = False
 
     @property
     def reached(self) -> bool | None:
-        if self.value is None:
+        if self.value is None or self.goal is None:
             return None
         return self.value <= self.goal if self.smaller else self.value >= self.goal
 
@@ -61,7 +61,8 @@ class LabReport(Report):
     def parts(self) -> list[RenderableType]:
         measured = table("checkpoint", "what", "measured", "goal", "reached", "on")
         for number in self.numbers:
-            goal = f"{'at most' if number.smaller else 'at least'} {_text(number, number.goal)}"
+            bound = "at most" if number.smaller else "at least"
+            goal = None if number.goal is None else f"{bound} {_text(number, number.goal)}"
             value = None if number.value is None else _text(number, number.value)
             add_row(measured, number.checkpoint, number.what, value, goal, number.reached, number.on)
         return [measured, sizes(self.checkpoints)]
@@ -111,11 +112,11 @@ def _language(name: str, data: str | None) -> list[Number]:
         score = bits_per_byte(model, tokenizer, texts)
         where = f"{len(texts)} held-out texts, {score.bytes:,} bytes"
         numbers = [Number(name, what, score.bits_per_byte, goal, where, smaller=True)]
-    for length in LENGTHS:
+    for length, share in RECALL.items():
         passkey = recall(model, make("passkey", tokenizer, SEED), length=length, samples=QUESTIONS)
-        numbers.append(Number(name, "passkeys written", passkey.generated, 0.95, _questions(length)))
+        numbers.append(Number(name, "passkeys written", passkey.generated, share, _questions(length)))
         pairs = recall(model, make("mqar", tokenizer, SEED, pairs=8), length=length, samples=QUESTIONS)
-        numbers.append(Number(name, "values of 8 pairs recalled", pairs.tokens, 0.95, _questions(length)))
+        numbers.append(Number(name, "values of 8 pairs recalled", pairs.tokens, share, _questions(length)))
     return numbers
 
 

@@ -138,12 +138,12 @@ def test_answers_are_wrong_where_other_answers_are_expected():
     assert share(list("1234567890")) < 0.2
 
 
-def test_a_number_that_was_not_measured_is_neither_reached_nor_missed():
+def test_a_number_without_value_or_goal_is_neither_reached_nor_missed():
     rows = [Number("lab-x", "bits", 2.1, 2.2, "", smaller=True), Number("lab-x", "bits", None, 2.2, "no text")]
-    rows += [Number("lab-x", "share", 0.94, 0.95, "")]
-    assert [row.reached for row in rows] == [True, None, False]
+    rows += [Number("lab-x", "share", 0.94, 0.95, ""), Number("lab-x", "share", 0.94, None, "")]
+    assert [row.reached for row in rows] == [True, None, False, None]
     report = LabReport([], rows)
-    assert [row["reached"] for row in report.to_dict()["numbers"]] == [True, None, False]
+    assert [row["reached"] for row in report.to_dict()["numbers"]] == [True, None, False, None]
     assert "at most 2.20" in str(report) and "at least 95.0%" in str(report) and "no text" in str(report)
 
 
