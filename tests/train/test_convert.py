@@ -160,7 +160,8 @@ def test_a_recipe_makes_a_new_model_with_a_tokenizer_of_its_own(base: Path, tmp_
 def test_a_head_search_writes_the_pattern_and_a_duo_attention_patch(base: Path, tmp_path: Path):
     search = {"kind": "identify_heads", "steps": 4, "batch_size": 1, "learning_rate": 0.02, "sink": 2, "recent": 8}
     source = {"kind": "synthetic", "generator": "multi_passkey", "options": {"passkeys": 2, "words_each": 2}}
-    values = recipe_of(base, tmp_path / "heads", [search], patch=None, data={"train": [source], "length": 256})
+    values = recipe_of(base, tmp_path / "heads", [search], patch=None,
+                       data={"train": [source], "length": 256, "held_out_samples": 4})  # fmt: skip
     run(values, tmp_path)
     model = patchattn.load(AutoModelForCausalLM.from_pretrained(base / "model"), tmp_path / "heads")
     (entry,) = patchattn.living.plan_of(model)[0]["methods"]
@@ -244,6 +245,7 @@ class Interrupt:
 def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(
     stage: str, step: int, number: int, base: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    handler = signal.getsignal(signal.SIGINT)
     values = recipe_of(base, tmp_path / "out", STAGES)
     with monkeypatch.context() as patching:
         Interrupt(patching, stage, step, number)
@@ -252,7 +254,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(
     assert stopped.value.signal == number
     (folder,) = (tmp_path / "out/training").glob(f"{stage}-*")
     assert last_checkpoint(folder) == folder / f"checkpoint-{step}"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     run(values, tmp_path)
     same_result(tmp_path / "out", uninterrupted)
 
