@@ -343,11 +343,11 @@ def convert(
     epilog=examples("patchattn demo", "patchattn demo --model HuggingFaceTB/SmolLM2-135M-Instruct --tokens 512")
 )
 def demo(
-    model: Annotated[str | None, typer.Option(help="A real decoder model instead of the tiny one.")] = None,
+    model: Annotated[str | None, typer.Option(help="A decoder model of your own instead of lab-llama.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=64, help="Tokens in the cache that is measured.")] = 1024,
     as_json: Json = False,
 ) -> None:
-    """Patch a tiny model with every method, compare, generate, save, reload, unpatch, and show what happened."""
+    """Patch lab-llama with every method, compare, generate, save, reload, unpatch, and show what happened."""
     from .demo import run
 
     report = run(None if model is None else _load(model, "float32", "cpu", None, False), tokens)

@@ -103,8 +103,8 @@ def test_a_conversion_gives_a_patch_that_loads_in_two_lines_and_can_be_run_again
     patchattn.load(model, tmp_path / "out")
     held_out = losses(tmp_path / "out", "eval_loss")
     assert held_out[-1][:2] == (1, 6) and held_out[0][:2] == (0, 0)
-    first, last = [value for stage, _, value in held_out if stage == 0][:: len(held_out) // 2 - 1 or 1][:2]
-    assert last < first
+    transferred = [value for stage, _, value in held_out if stage == 0]
+    assert transferred[-1] < transferred[0]
     report = outcome.report
     assert report == json.loads((tmp_path / "out/conversion.json").read_text())
     assert report["finished"] and report["seed"] == 0 and report["environment"]["packages"]["torch"]
