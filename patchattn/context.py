@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from patchattn_kernels import dispatch
 from patchattn_kernels.attention import MASK_ELEMENTS, query_blocks
 
 from .masks import Given, Mask, additive, boolean, unpack
@@ -44,6 +45,7 @@ class Attachment:
         self.around: Callable[[AttentionContext], Tensor] | None = None  # a training stage that stands in between
         self.calls = 0
         self.base_ran: str | None = None  # what `attend` last ran below the methods; not counted when compiled
+        self.kernels: dict[str, str] = {}  # by primitive, what computed it in the last call; likewise
         self.last_cache: Any = None
 
 
@@ -253,7 +255,12 @@ class AttentionContext:
 
     def run(self) -> Tensor:
         """The attention of this call, or what a training stage makes of it."""
-        return self.attend() if self.attachment.around is None else self.attachment.around(self)
+        around = self.attachment.around or AttentionContext.attend
+        if torch.compiler.is_compiling():
+            return around(self)
+        self.attachment.kernels = ran = {}
+        with dispatch.recording(ran):
+            return around(self)
 
     def base(self) -> Tensor:
         """What the unpatched model computes here: `[B, T, H, D]`, without gradients."""

@@ -29,6 +29,7 @@ class Layer:
         calls: how often its methods ran (calls inside torch.compile are not counted).
         base: the attention implementation that the model had.
         ran: what computed the last call: an implementation, or "the method's own" where none was asked.
+        kernels: by primitive of `patchattn_kernels`, what computed it in the last call: "triton", or "torch" and why.
         cache: the class of its layer in the last cache, or None if there is none (any more).
         tokens: how many tokens that cache has seen.
         bytes, dense_bytes: what it holds, and what one that keeps every token would.
@@ -42,6 +43,7 @@ class Layer:
     calls: int
     base: str
     ran: str | None
+    kernels: dict[str, str]
     cache: str | None
     tokens: int | None
     bytes: int | None
@@ -76,7 +78,8 @@ class Explanation(Report):
         for names, layer in grouped(self.layers, all_but_name):
             what = " over ".join(method["method"] for method in layer.methods)
             says = "; ".join(f"{key}: {value}" for report in layer.report.values() for key, value in report.items())
-            add_row(rows, names, what or None, layer.calls if what else None, layer.ran, layer.cache, layer.tokens,
+            ran = "; ".join(filter(None, [layer.ran, *(f"{name}: {how}" for name, how in layer.kernels.items())]))
+            add_row(rows, names, what or None, layer.calls if what else None, ran or None, layer.cache, layer.tokens,
                     layer.bytes, layer.dense_bytes, says)  # fmt: skip
         parts: list[RenderableType] = [rows]
         held, dense = self.cache_bytes, self.dense_bytes
@@ -112,6 +115,7 @@ def _layer(site: Site, attachment: Attachment) -> Layer:
         calls=attachment.calls,
         base=attachment.base,
         ran=ran,
+        kernels=dict(attachment.kernels),
         cache=None if cache is None else type(cache).__name__,
         tokens=None if cache is None else int(cache.get_seq_length()),
         bytes=None if cache is None else layer_bytes(cache),

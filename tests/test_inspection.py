@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import patchattn
+import patchattn_kernels
 from patchattn import method
 from patchattn.inspection import inspect
 from patchattn.tables import grouped, names_text
@@ -283,6 +284,16 @@ def test_calls_and_the_attention_that_ran_are_told(base):
     assert [layer.ran for layer in layers] == [base, "the method's own", base, base]
     assert {layer.base for layer in layers} == {base}
     assert [len(layer.methods) for layer in layers] == [1, 1, 2, 0]
+
+
+@pytest.mark.parametrize(("choice", "reason"), [("auto", "on cpu"), ("torch", "asked for")])
+def test_which_kernel_ran_and_why_is_told(choice, reason):
+    model = patchattn.patch(llama(), {0: "dense", 1: "duo_attention"})
+    with patchattn_kernels.backend(choice):
+        model(tokens())
+    report = patchattn.explain(model)
+    assert [layer.kernels for layer in report.layers[:2]] == [{}, {"sink_window": f"torch ({reason})"}]
+    assert f"sink_window: torch ({reason})" in " ".join(str(report).split())
 
 
 CACHES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..dispatch import use_triton
 from .reference import sink_window_reference, visible
 
 __all__ = ["sink_window", "visible"]
@@ -40,6 +41,7 @@ def sink_window(
         raise ValueError(f"sink_window: sink is {sink}; it must be 0 or more")
     if recent < 1:
         raise ValueError(f"sink_window: recent is {recent}; it must be at least 1 (the query's own token)")
+    use_triton("sink_window", q, unsupported="Triton form")
     return sink_window_reference(
         q,
         k,
