@@ -5,6 +5,7 @@ A pattern is an array `[layers, KV heads]` of gate values in [0, 1]; heads near 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from patchattn_kernels import masked_attention, sink_window
+from patchattn_kernels import sink_window
 
 from .method import Method, MethodConfig
 
@@ -87,6 +88,29 @@ def save_pattern(path: str | os.PathLike[str], gates: Any, sink: int, recent: in
     return folder
 
 
+def draw_pattern(file: str | os.PathLike[str], gates: Any, share: float | None = None) -> Path:
+    """Write a picture of gate values, layers by KV heads; with `share`, the heads that stay full are framed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows, file = as_rows(gates), Path(file)
+    layers, heads = len(rows), len(rows[0])
+    figure = Figure(figsize=(1.8 + 0.3 * layers, 1.4 + 0.3 * heads), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(list(zip(*rows)), vmin=0, vmax=1, cmap="viridis", origin="lower")
+    for layer, row in enumerate([] if share is None else binarise(rows, share)):
+        for head in (head for head, full in enumerate(row) if full):
+            axes.add_patch(Rectangle((layer - 0.45, head - 0.45), 0.9, 0.9, fill=False, edgecolor="red"))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("KV head")
+    axes.locator_params(integer=True)
+    figure.colorbar(image, label="gate")
+    figure.savefig(file, dpi=120)
+    return file
+
+
 def binarise(gates: Any, share: float | None) -> list[list[int]]:
     """1 for heads that stay full, 0 for streaming ones; `share` of all heads of the model stay full.
 
@@ -123,16 +147,17 @@ def spread(share: float, kv_heads: Sequence[int]) -> list[list[int]]:
 
 
 class HeadGates(Method):
-    """A gate a KV head mixes full and streaming attention.
+    """A gate a KV head mixes full and streaming attention: `(1 - a) * streaming + a * full`, `a = clamp(gate, 0, 1)`.
 
-    The batch holds two streams: its first half is the teacher, full attention everywhere; its second half
-    the student, whose heads give `(1 - a) * streaming + a * full` with `a = clamp(gate, 0, 1)`.
+    The model runs twice on the same tokens. Inside `teaching` it computes full attention, and each layer keeps its
+    output; then, as the student, a layer mixes that output with streaming attention on its own states. So the
+    teacher takes no part in the backward pass.
     """
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """`teacher_branch`: take the student's full part from the teacher's stream, as published, or compute
-        full attention on the student's own."""
+        """`teacher_branch`: take the student's full part from the teacher's run, as published, or compute full
+        attention on the student's own states."""
 
         sink: int = 128
         recent: int = 256
@@ -143,21 +168,42 @@ class HeadGates(Method):
     def build(self, site: Site) -> None:
         self.group = site.heads // site.kv_heads
         self.gates = nn.Parameter(torch.ones(site.kv_heads, device=site.device))
+        self.teaches = False
+        self.taught: Tensor | None = None  # [B, T, H, D]
 
     def forward(self, ctx: AttentionContext) -> Tensor:
-        if ctx.q.shape[0] % 2 or ctx.mask.padding is not None or ctx.mask.dense is not None:
-            raise ValueError("HeadGates: the batch must hold teacher and student rows, without padding")
-        half, length = ctx.q.shape[0] // 2, ctx.q.shape[2]
-        options: dict[str, Any] = dict(scale=ctx.scaling, softcap=ctx.softcap, sinks=ctx.sinks)
+        if ctx.mask.padding is not None or ctx.mask.dense is not None:
+            raise ValueError("HeadGates: the batch must be without padding")
+        if self.teaches:
+            self.taught = ctx.attend()
+            return self.taught
+        if self.taught is None:
+            raise RuntimeError("HeadGates: the student runs before its teacher; run the model inside teaching() first")
+        rank = torch.arange(ctx.q.shape[2], device=ctx.q.device).expand(ctx.q.shape[0], -1)
+        streaming = sink_window(ctx.q, ctx.k, ctx.v, rank, sink=self.config.sink, recent=self.config.recent,
+                                scale=ctx.scaling, softcap=ctx.softcap, sinks=ctx.sinks).transpose(1, 2)  # fmt: skip
+        full = self.taught if self.config.teacher_branch else ctx.attend()
+        gate = self.gates.clamp(0, 1).repeat_interleave(self.group)[None, None, :, None]  # [1, 1, H, 1]
+        return ((1 - gate) * streaming.float() + gate * full.float()).to(streaming.dtype)
+
+
+@contextlib.contextmanager
+def teaching(model: nn.Module) -> Iterator[None]:
+    """Inside this block `HeadGates` compute full attention, without gradients, and keep it for the student."""
+    from . import record
+
+    methods: list[Any] = [record.attachment_of(site.module).methods[0] for site in record.record_of(model).patched]
+    training = model.training
+    model.eval()
+    for method in methods:
+        method.teaches = True
+    try:
         with torch.no_grad():
-            full = masked_attention(ctx.q[:half], ctx.k[:half], ctx.v[:half], causal=True, **options)
-        q, k, v = ctx.q[half:], ctx.k[half:], ctx.v[half:]
-        rank = torch.arange(length, device=q.device).expand(half, -1)
-        streaming = sink_window(q, k, v, rank, sink=self.config.sink, recent=self.config.recent, **options)
-        branch = full if self.config.teacher_branch else masked_attention(q, k, v, causal=True, **options)
-        gate = self.gates.clamp(0, 1).repeat_interleave(self.group)[None, :, None, None]  # [1, H, 1, 1]
-        mixed = ((1 - gate) * streaming.float() + gate * branch.float()).to(q.dtype)
-        return torch.cat([full, mixed]).transpose(1, 2)
+            yield
+    finally:
+        model.train(training)
+        for method in methods:
+            method.teaches = False
 
 
 @dataclass(frozen=True)
@@ -179,10 +225,9 @@ def rate_factor(step: int, steps: int) -> float:
     return min(1.0, max((step + 1) / ramp, 0.1), max((steps - step) / ramp, 0.1))
 
 
-def distill_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared difference of the two streams' final states `[2B, T, C]` on the labelled tokens (not -100)."""
-    teacher, student = hidden.float().chunk(2)
-    return (teacher.detach() - student).square().mean(dim=-1)[labels != -100].mean()
+def distill_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared difference of final states `[B, T, C]` on the labelled tokens (not -100)."""
+    return (teacher.float() - student.float()).square().mean(dim=-1)[labels != -100].mean()
 
 
 def identify(
@@ -223,6 +268,7 @@ def identify(
             gate.data.copy_(
                 torch.as_tensor(start)[index] if not isinstance(start, (int, float)) else torch.tensor(start)
             )
+        base: Any = root.base_model
         optimizer = torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
         for index, (input_ids, labels) in zip(range(steps), batches, strict=False):
             optimizer.param_groups[0]["lr"] = rate * rate_factor(index, steps)
@@ -231,10 +277,11 @@ def identify(
                     gate.clamp_(0, 1)
             used = torch.stack([gate.detach().clone() for gate in gates])
             device = gates[0].device
-            both, labels = input_ids.to(device).repeat(2, 1), labels.to(device)
-            base: Any = root.base_model
-            hidden = base(input_ids=both, use_cache=False).last_hidden_state
-            distill = distill_loss(hidden, labels)
+            input_ids, labels = input_ids.to(device), labels.to(device)
+            with teaching(root):
+                teacher = base(input_ids=input_ids, use_cache=False).last_hidden_state
+            student = base(input_ids=input_ids, use_cache=False).last_hidden_state
+            distill = distill_loss(teacher, student, labels)
             size = torch.cat(gates).abs().mean()
             optimizer.zero_grad()
             (distill + penalty * size).backward()

@@ -312,16 +312,18 @@ class _Conversion:
             save(model, self.folder, results=self._results())
 
     def _save_patterns(self) -> None:
-        """The gates of each search for heads, in DuoAttention's published layout."""
+        """The gates of each search for heads, in DuoAttention's published layout and as a picture."""
         from safetensors.torch import load_file
 
-        from ..duo import save_pattern
+        from ..duo import draw_pattern, save_pattern
 
         for index, stage in enumerate(self.recipe.stages):
             if isinstance(stage, IdentifyHeads):
                 learned = load_file(self._stage_folder(index) / RESULT)
                 gates = [learned[name] for name in sorted(learned, key=_numbers) if name.endswith(".gates")]
-                save_pattern(self.folder / "pattern", torch.stack(gates).clamp(0, 1), stage.sink, stage.recent)
+                found = torch.stack(gates).clamp(0, 1)
+                folder = save_pattern(self.folder / "pattern", found, stage.sink, stage.recent)
+                draw_pattern(folder / "heads.png", found, stage.share)
 
     def _results(self) -> dict[str, float]:
         found = last_values(self.folder / METRICS)

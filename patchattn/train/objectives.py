@@ -189,11 +189,13 @@ class HeadSearch:
         self.gates: list[nn.Parameter] = [method.gates for method in methods]
 
     def __call__(self, model: nn.Module, batch: Batch, share: float, count: Any, backward: Backward | None) -> Terms:
-        # The first half of the rows is the teacher. Padding stands at the end, where no labelled token sees it.
-        labels = batch["labels"]
-        inputs = {"input_ids": batch["input_ids"].repeat(2, 1), "use_cache": False, "output_hidden_states": True}
-        outputs = model(**without_head(self.root, inputs))
-        distilled = duo.distill_loss(outputs.hidden_states[-1], labels)
+        # Padding stands at the end, where no labelled token sees it.
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False, "output_hidden_states": True}
+        inputs = without_head(self.root, inputs)
+        with duo.teaching(self.root):
+            teacher = self.root(**inputs).hidden_states[-1]
+        student = model(**inputs).hidden_states[-1]
+        distilled = duo.distill_loss(teacher, student, batch["labels"])
         size = torch.cat([gate.abs() for gate in self.gates]).mean()
         return {"distill": distilled * share, "size": self.penalty * size * share}
 

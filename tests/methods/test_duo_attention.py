@@ -141,6 +141,40 @@ def test_identification_unpatches_also_when_a_step_fails():
     assert snapshot(model) == before
 
 
+def test_a_student_without_its_teacher_and_padded_batches_are_refused():
+    model, ids = patchattn.patch(llama(), duo.HeadGates(sink=1, recent=2)), tokens()
+    with pytest.raises(RuntimeError, match="the student runs before its teacher"):
+        model(ids)
+    with duo.teaching(model), pytest.raises(ValueError, match="the batch must be without padding"):
+        model(ids, attention_mask=(torch.arange(30) > 3).expand(2, -1))
+
+
+def test_a_search_with_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = patchattn.patch(llama(), duo.HeadGates(sink=1, recent=2)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        patchattn.living.freeze_base(model)
+        with duo.teaching(model):
+            teacher = model.model(tokens(), use_cache=False).last_hidden_state
+        assert not teacher.requires_grad
+        student = model.model(tokens(), use_cache=False).last_hidden_state
+        with torch.no_grad():
+            teacher = teacher + 1  # with every gate at 1 the student equals its teacher, and nothing would be learned
+        duo.distill_loss(teacher, student, tokens()).backward()
+        gradients.append(torch.stack([gate.grad for gate in patchattn.living.patch_parameters(model).values()]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_pattern_is_drawn_with_the_heads_kept_framed(tmp_path):
+    gates = [[0.9, 0.1], [0.2, 0.7], [0.4, 0.3]]
+    plain = duo.draw_pattern(tmp_path / "plain.png", gates).read_bytes()
+    framed = duo.draw_pattern(tmp_path / "framed.png", torch.tensor(gates), share=0.5).read_bytes()
+    assert plain[:4] == framed[:4] == b"\x89PNG" and plain != framed
+
+
 def test_the_students_own_branch_gives_other_gradients():
     model, ids = llama(num_hidden_layers=2), tokens(1, 20)
     gradients = []
