@@ -4,6 +4,7 @@ OUTPUT/
   recipe.yaml        the exact recipe
   conversion.json    versions, machine, seeds, data fingerprints, what each stage took and gave
   metrics.jsonl      everything that was logged; curves.png shows it
+  runs/              the same for TensorBoard, where the recipe reports to it
   training/          checkpoints and the results of finished stages; removed at the end
   ...                the patch, or the whole model where the base was trained too
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,7 @@ class _Conversion:
             return Outcome(self.folder, report)
         with self.stop.listening():
             self._open(len(report["stages"]))
+            self._try_data()
             for index in range(len(report["stages"]), len(self.recipe.stages)):
                 if self._train(index):
                     self._open(index + 1)
@@ -95,12 +99,14 @@ class _Conversion:
         if self.folder.is_file():
             raise FileExistsError(f"output {self.folder} is a file; name a folder")
         if self.process.is_main_process:
-            if self.report_file.is_file():
+            begun = self.report_file.is_file()
+            if begun and not self._holds_nothing():
                 self._require_same(mark)
-            elif self.folder.is_dir() and any(self.folder.iterdir()):
+            elif not begun and self.folder.is_dir() and any(self.folder.iterdir()):
                 raise FileExistsError(f"output {self.folder} is not empty and holds no conversion; name another folder")
             else:
-                self.training.mkdir(parents=True)
+                self.training.mkdir(parents=True, exist_ok=True)
+                (self.folder / METRICS).unlink(missing_ok=True)
                 (self.folder / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
                 self._write_report({"fingerprint": mark, "patchattn": __version__, "environment": environment(),
                                     "seed": self.recipe.seed, "processes": self.process.num_processes,
@@ -109,6 +115,10 @@ class _Conversion:
         if not self.report_file.is_file():
             raise FileNotFoundError(f"process {self.process.process_index} does not see {self.folder}; "
                                     "all processes need the same file system")  # fmt: skip
+
+    def _holds_nothing(self) -> bool:
+        """Whether the run in the folder ended before its first checkpoint, as on a mistake that is mended now."""
+        return not self._report()["stages"] and not any(self.training.glob("*/checkpoint-*"))
 
     def _require_same(self, mark: str) -> None:
         if self._report()["fingerprint"] != mark:
@@ -135,6 +145,7 @@ class _Conversion:
         from .opening import open_recipe
         from .stages import finish, prepare
 
+        _open_whole()
         opened = open_recipe(self.recipe, self.training)
         self.model, self.processor, self.task = opened.model, opened.processor, opened.task
         for index in range(done):
@@ -166,10 +177,11 @@ class _Conversion:
         if data.held_out is None:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         unit, per_step = self._units(stage, args)
-        trainer = ConversionTrainer(
-            model=prepared.model, args=args, objective=prepared.objective, task=self.task, rates=stage.rates,
-            train_dataset=data.train, eval_dataset=data.held_out, data_collator=data.collate,
-        )  # fmt: skip
+        with _tensorboard_in(self.folder / "runs" / folder.name):
+            trainer = ConversionTrainer(
+                model=prepared.model, args=args, objective=prepared.objective, task=self.task, rates=stage.rates,
+                train_dataset=data.train, eval_dataset=data.held_out, data_collator=data.collate,
+            )  # fmt: skip
         stopping = StopCallback(self.stop, trainer.accelerator, getattr(prepared.objective, "before_step", None))
         metrics = MetricsCallback(self.folder, index, stage.kind, per_step, unit)
         _replace_progress(trainer, stopping, metrics)
@@ -241,6 +253,7 @@ class _Conversion:
             "lr_scheduler_type": "cosine", "warmup_steps": math.ceil(steps / 20), "logging_steps": max(1, steps // 50),
             "logging_first_step": True, "eval_strategy": "steps", "eval_steps": interval, "eval_on_start": True,
             "save_strategy": "steps", "save_steps": interval, "save_total_limit": 2, "report_to": "none",
+            "run_name": f"{self.folder.name} {folder.name}",
             "use_cpu": not torch.accelerator.is_available(),
             # The Trainer writes it into the model's config, which is saved; batches say themselves that they need none.
             "use_cache": bool(getattr(self.model.config, "use_cache", False)),
@@ -252,6 +265,15 @@ class _Conversion:
 
     def _data_spec(self, stage: Stage) -> DataSpec:
         return stage.data or self.recipe.data
+
+    def _try_data(self) -> None:
+        """Find tasks that cannot be generated before the first stage is trained, not before their own."""
+        from .data import try_generators
+
+        if self.task.token_level:
+            for stage in self.recipe.stages:
+                spec, length = self._data_spec(stage), self._length(stage)
+                try_generators(spec, self.processor, length=length, seed=self.recipe.seed)
 
     def _data(self, stage: Stage, args: Any) -> Any:
         from .data import open_data
@@ -358,6 +380,26 @@ def _load(model: nn.Module, file: Path) -> None:
     result = model.load_state_dict(load_file(file), strict=False)
     if result.unexpected_keys:
         raise ValueError(f"{file} holds {result.unexpected_keys[0]!r}, which the model of this recipe has not")
+
+
+def _open_whole() -> None:
+    """Have the next model opened whole: after a stage of ZeRO-3 transformers would cut it up while reading it."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Where TensorBoard's files go, if nobody said: by itself they would be beside the checkpoints, and go with them."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
 
 
 def _replace_progress(trainer: Any, *callbacks: Any) -> None:

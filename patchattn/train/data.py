@@ -52,7 +52,7 @@ class SyntheticReader:
 
         self.source, self.tokenizer, self.layout, self.seed = source, tokenizer, layout, seed
         self.generator = synthetic.make(source.generator, tokenizer, seed, **source.options)
-        self.generator.sample(0, length=layout.length)  # if its samples fit no row, that is said now
+        self.generator.try_out(layout.length)  # what does not fit is said now
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -270,6 +270,14 @@ def open_data(
             "held_out": [one.fingerprint for one in held_out],
         },
     )
+
+
+def try_generators(spec: DataSpec, tokenizer: Any, *, length: int, seed: int) -> None:
+    """Raise if a generated task of `spec` cannot be made with these options and this tokenizer."""
+    held_out = spec.held_out if isinstance(spec.held_out, list) else []
+    for source in [*spec.train, *held_out]:
+        if isinstance(source, SyntheticSource) and tokenizer is not None:
+            SyntheticReader(source, tokenizer, text.Layout(length, spec.packing, cut=False, pad=0), seed)
 
 
 def _open(

@@ -32,6 +32,7 @@ from ..duo import ALPHABET, ORDINALS, PasskeyParts, passkey_sample
 
 Range = float | Sequence[float]
 IGNORED = -100
+TRIALS = 32  # samples, since how long one must be depends on the words that it draws
 DEFAULT_LENGTH = 1024
 HAYSTACK_CHARACTERS = 1_000_000
 
@@ -113,6 +114,13 @@ class Generator:
         drawn = self._drawn(index, length)
         last = drawn.answers[-1]
         return drawn.ids[: last.start], drawn.ids[last]
+
+    def try_out(self, length: int) -> None:
+        """Raise if some of the shortest samples do not fit their lengths, or `length`."""
+        if self.length is not None:
+            length = min(length, int(bounds(self.length, f"{self.name}: length", least=1)[0]))
+        for index in range(TRIALS):
+            self.draw(np.random.default_rng([self.seed, index]), length)
 
     def _drawn(self, index: int, length: int | None) -> Drawn:
         random = np.random.default_rng([self.seed, index])

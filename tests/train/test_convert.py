@@ -360,6 +360,34 @@ def test_an_output_that_holds_something_else_is_refused_and_left_as_it_is(base: 
     assert [file.name for file in foreign.iterdir()] == ["thesis.txt"]
 
 
+def test_data_that_a_late_stage_cannot_have_stops_the_run_before_the_first_and_may_be_mended(
+    base: Path, tmp_path: Path
+):
+    def values(shortest: int) -> dict[str, Any]:
+        options = {"pairs": 4, "length": [shortest, 32]}
+        late = {"train": [{"kind": "synthetic", "generator": "mqar", "options": options}], "length": 32}
+        return recipe_of(base, tmp_path / "out", [transfer(steps=1), transfer(steps=1, data=late)])
+
+    with pytest.raises(ValueError, match=r"mqar: length is 3; .* must be at least"):
+        run(values(3), tmp_path)
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+    assert run(values(32), tmp_path).report["finished"]
+
+
+def test_what_is_reported_to_tensorboard_stays_after_the_end(base: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stages = [transfer(steps=3, trainer={"logging_steps": 1})] * 2
+    run(recipe_of(base, tmp_path / "out", stages, trainer={"report_to": "tensorboard"}), tmp_path)
+    for index in range(2):
+        events = EventAccumulator(str(tmp_path / f"out/runs/stage-{index}-attention_transfer")).Reload()
+        told = [(event.step, event.value) for event in events.Scalars("train/loss")]
+        wanted = [(step, loss) for stage, step, loss in losses(tmp_path / "out") if stage == index]
+        assert [step for step, _ in told] == [1, 2, 3]
+        torch.testing.assert_close(told, wanted)
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
 def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path: Path):
     for step, state in ((10, '{"global_step": 10}'), (20, '{"global_st'), (30, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -443,6 +443,7 @@ CONFIGS = {
     "accelerate/fsdp2": ("FSDP", False),
     "accelerate/fsdp2-cpu": ("FSDP", True),
     "accelerate/zero3": ("DEEPSPEED", False),
+    "accelerate/zero3-cpu": ("DEEPSPEED", True),
 }
 
 
