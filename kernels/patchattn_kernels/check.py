@@ -1,138 +1,206 @@
 """Check every primitive on this machine: `python -m patchattn_kernels.check`.
 
-Each case is computed in float64 by the plainest formula there is, and by the primitive in float32 and, where
-the device has it, bfloat16; the primitive may err no more than twice what torch's own attention errs in that
-dtype. Lengths are odd, heads are grouped, rows are padded, and several seeds are tried. Exits 1 on a failure.
+Each primitive's `cases.py` exports `CASES`, a tuple of `Case`. A case is computed by its plain formula in float64, and
+by the primitive with every backend that this machine has: torch, and Triton on a GPU or, on a CPU, in Triton's
+interpreter (slow; bfloat16 and float16 too, as far as it knows them). The primitive may err no more than twice what the
+formula errs in the same dtype, in its results and in its gradients; new memory is filled with NaN first.
+
+`--static` compiles every kernel for GPUs that need not be there instead; see `patchattn_kernels.static`. Exits 1 on a
+failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
+import importlib
+import importlib.util
 import json
+import os
+import pkgutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from patchattn_kernels import masked_attention, sink_window
-from patchattn_kernels.sink_window import visible
+from patchattn_kernels.dispatch import INSTALLED, backend, recording
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOOR = 2e-6  # relative error that is always allowed
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `sink_window`: sizes, sinks and window, padding of each row, and how many tokens came before."""
+    """One call of a primitive, small enough for an interpreter.
 
-    batch: int
-    heads: int
-    groups: int
-    length: int
-    size: int
-    sink: int
-    recent: int
-    padding: tuple[int, ...] = ()
-    past: int = 0
+    Attributes:
+        label: sizes and what is special, as the report shows them.
+        inputs: makes the keyword arguments of `run` and `formula` on the generator's device; floating tensors in
+            float32, which the check casts.
+        run: the primitive; gives a tensor or a tuple of them.
+        formula: the same in the plainest torch there is, which must hold in float64.
+        gradients: names of the inputs whose gradients are compared.
+        backends: which implementations the primitive has for this case.
+    """
+
+    label: str
+    inputs: Callable[[torch.Generator], dict[str, Any]]
+    run: Callable[..., Any]
+    formula: Callable[..., Any]
+    gradients: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ("torch", "triton")
 
 
-CASES = (
-    Case(1, 4, 4, 77, 16, 4, 16),
-    Case(2, 6, 2, 130, 64, 3, 32, padding=(0, 41)),
-    Case(2, 8, 2, 61, 32, 0, 7, padding=(5, 0)),
-    Case(1, 4, 1, 45, 64, 9, 1),
-    Case(3, 4, 2, 33, 48, 2, 64, padding=(0, 30, 7)),
-    Case(2, 4, 2, 1, 32, 4, 12, past=40),
-    Case(1, 4, 2, 19, 32, 4, 12, past=23),
-    Case(1, 2, 1, 1040, 32, 5, 60),
-)
+def cases(primitives: Iterable[str] = ()) -> Iterator[tuple[str, Case]]:
+    """The cases of every primitive, or of those named."""
+    import patchattn_kernels
+
+    found = {module.name for module in pkgutil.iter_modules(patchattn_kernels.__path__) if module.ispkg}
+    wanted = set(primitives) or found
+    if wanted - found:
+        raise ValueError(f"no primitive is called {', '.join(sorted(wanted - found))}; there are {sorted(found)}")
+    for name in sorted(wanted):
+        if importlib.util.find_spec(f"patchattn_kernels.{name}.cases") is not None:
+            for case in importlib.import_module(f"patchattn_kernels.{name}.cases").CASES:
+                yield name, case
+
+
+def available(device: str) -> tuple[str, ...]:
+    """The backends that this machine has."""
+    triton = INSTALLED and (device.startswith("cuda") or os.environ.get("TRITON_INTERPRET") == "1")
+    return ("torch", "triton") if triton else ("torch",)
+
+
+def check(
+    chosen: Iterable[tuple[str, Case]],
+    device: str,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    seeds: int = 1,
+    backends: Iterable[str] = ("torch", "triton"),
+) -> Iterator[dict[str, Any]]:
+    """One row a case, dtype, seed, backend and compared tensor: its error, what is allowed, and whether it is right."""
+    backends = [name for name in backends if name in available(device)]
+    for primitive, case in chosen:
+        for dtype in dtypes:
+            for seed in range(seeds):
+                inputs = case.inputs(torch.Generator(device).manual_seed(seed))
+                truth = _results(case.formula, inputs, case.gradients, dtype, torch.float64)
+                plain = _results(case.formula, inputs, case.gradients, dtype, dtype)
+                for name in backends:
+                    if name not in case.backends:
+                        continue
+                    ran: dict[str, str] = {}
+                    started = time.perf_counter()
+                    with backend(name), recording(ran), nan_filled():
+                        ours = _results(case.run, inputs, case.gradients, dtype, dtype)
+                    seconds = time.perf_counter() - started
+                    if not any(how.startswith(name) for how in ran.values()):
+                        raise RuntimeError(f"{primitive}, {case.label}: {name} was asked for, and {ran} ran")
+                    for what, tensor in ours.items():
+                        error = relative(tensor, truth[what])
+                        allowed = 2 * relative(plain[what], truth[what]) + FLOOR
+                        # Not <=, which a NaN passes by failing.
+                        right = bool(tensor.isfinite().all()) and not error > allowed
+                        yield {"primitive": primitive, "case": case.label, "backend": name, "seed": seed,
+                               "dtype": str(dtype).removeprefix("torch."), "what": what, "error": error,
+                               "allowed": allowed, "seconds": seconds, "ok": right}  # fmt: skip
+
+
+def _results(
+    function: Callable[..., Any], inputs: Mapping[str, Any], gradients: tuple[str, ...], first: torch.dtype,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Results and gradients of inputs rounded to `first`, computed in `dtype`."""
+    given = {name: _cast(value, first, dtype) for name, value in inputs.items()}
+    for name in gradients:
+        given[name].requires_grad_()
+    out = function(**given)
+    outs = out if isinstance(out, tuple) else (out,)
+    found = {f"result {index}" if len(outs) > 1 else "result": tensor.detach() for index, tensor in enumerate(outs)}
+    if gradients:
+        generator = torch.Generator(outs[0].device).manual_seed(100)
+        upstream = [torch.randn(x.shape, generator=generator, device=x.device).to(first).to(x.dtype) for x in outs]
+        grads = torch.autograd.grad(outs, [given[name] for name in gradients], upstream)
+        found |= {f"d{name}": grad for name, grad in zip(gradients, grads, strict=True)}
+    return found
+
+
+def _cast(value: Any, first: torch.dtype, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(first).to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        items = [_cast(item, first, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference over that of the truth."""
+    return ((ours.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-12)).item()
+
+
+@contextmanager
+def nan_filled() -> Iterator[None]:
+    """What is allocated and not written is NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """Softmax attention in float64, spelled out; a query that reads nothing gives zeros."""
-    q, k, v = q.double(), k.double(), v.double()
+    """Softmax attention spelled out, `keep` True where a query reads a key; one that reads nothing gives zeros."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, float("-inf"))
     return scores.softmax(dim=-1).nan_to_num(0.0) @ v
 
 
-def inputs(case: Case, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q of this call, k and v of past and call together, ranks `[B, past + T]`."""
-    generator = torch.Generator(device).manual_seed(seed)
-    total = case.past + case.length
-    q = torch.randn(case.batch, case.heads, case.length, case.size, generator=generator, device=device)
-    k, v = (torch.randn(case.batch, case.groups, total, case.size, generator=generator, device=device) for _ in "kv")
-    pads = torch.tensor(case.padding or (0,) * case.batch, device=device)
-    rank = torch.arange(total, device=device)[None] - pads[:, None]
-    return q, k, v, rank.clamp(min=-1)
-
-
-def run(case: Case, q: Tensor, k: Tensor, v: Tensor, rank: Tensor) -> Tensor:
-    """The primitive, with the first `past` tokens handed over as the tokens kept."""
-    cut = case.past
-    past = (k[:, :, :cut], v[:, :, :cut], rank[:, :cut]) if cut else None
-    return sink_window(q, k[:, :, cut:], v[:, :, cut:], rank[:, cut:], sink=case.sink, recent=case.recent, past=past)
-
-
-def _rows(keep: Tensor, first: int, last: int) -> Tensor:
-    return keep[:, :, first:last]
-
-
-def relative(ours: Tensor, wanted: Tensor) -> float:
-    return ((ours.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
-
-
-def checks(device: str, dtypes: tuple[torch.dtype, ...], seeds: int) -> Iterator[dict[str, object]]:
-    """One row a case, dtype, seed and direction: our error, torch's own, and whether ours is acceptable."""
-    for case, dtype, seed in itertools.product(CASES, dtypes, range(seeds)):
-        q, k, v, rank = (x.to(dtype) if x.is_floating_point() else x for x in inputs(case, seed, device))
-        keep = visible(rank[:, case.past :], rank, case.sink, case.recent)
-        real = (rank[:, case.past :] >= 0)[:, None, :, None]
-        mine, peers, wide = (tuple(x.detach().to(t).clone().requires_grad_() for x in (q, k, v))
-                             for t in (dtype, dtype, torch.float64))  # fmt: skip
-        wanted = exact(wide[0], wide[1], wide[2], keep) * real
-        peer = functional.scaled_dot_product_attention(peers[0], peers[1], peers[2], keep, enable_gqa=True)
-        outs = [run(case, mine[0], mine[1], mine[2], rank) * real, peer * real]
-        upstream = torch.randn(wanted.shape, device=device, generator=torch.Generator(device).manual_seed(seed + 100))
-        for out in outs:
-            out.backward(upstream.to(out.dtype))
-        wanted.backward(upstream.double())
-        pairs: dict[str, tuple[Any, Any, Any]] = {"forward": (outs[0], outs[1], wanted)}
-        pairs |= {f"d{name}": (mine[i].grad, peers[i].grad, wide[i].grad) for i, name in enumerate("qkv")}
-        for name, (ours, theirs, truth) in pairs.items():
-            error, allowed = relative(ours, truth), 2 * relative(theirs, truth) + 1e-6
-            finite = bool(ours.isfinite().all())
-            yield {"primitive": "sink_window", "case": str(case), "dtype": str(dtype), "seed": seed, "what": name,
-                   "error": error, "allowed": allowed, "ok": finite and error <= allowed}  # fmt: skip
-        # Blocks of queries must change nothing, and a row that reads nothing must give zeros.
-        whole = masked_attention(q, k, v, keep)
-        parts = masked_attention(q, k, v, functools.partial(_rows, keep))
-        error = relative(parts, whole.double())
-        yield {"primitive": "masked_attention", "case": str(case), "dtype": str(dtype), "seed": seed, "what": "blocks",
-               "error": error, "allowed": 1e-6, "ok": error <= 1e-6}  # fmt: skip
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("primitives", nargs="*", help="check these alone")
+    parser.add_argument("--static", action="store_true", help="compile for sm_80, sm_90 and sm_100; needs no GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write every row there")
     args = parser.parse_args()
-    rows = list(checks(args.device, (torch.float32, torch.bfloat16), args.seeds))
-    wrong = [row for row in rows if not row["ok"]]
-    for row in wrong:
-        measured = f"{row['error']:.1e} > {row['allowed']:.1e}"
-        print(f"FAILED {row['primitive']} {row['what']} {row['dtype']} {row['case']}: {measured}")
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
-    print(f"{len(rows) - len(wrong)} passed, {len(wrong)} failed on {name}, torch {torch.__version__}")
+    if args.static:
+        os.environ.pop("TRITON_INTERPRET", None)
+        from patchattn_kernels import static
+
+        rows = static.check(args.primitives)
+        where = f"for {', '.join(f'sm_{chip}' for chip in static.SHARED_LIMIT)}"
+    else:
+        if args.device == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first used
+        rows = []
+        for row in check(list(cases(args.primitives)), args.device, seeds=args.seeds):
+            rows.append(row)
+            if not row["ok"]:
+                print(f"FAILED {row['primitive']} {row['backend']} {row['dtype']} {row['what']} of {row['case']}: "
+                      f"{row['error']:.1e} > {row['allowed']:.1e}", flush=True)  # fmt: skip
+        where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"on {args.device}"
+    failed = sum(not row["ok"] for row in rows)
+    print(f"{len(rows) - failed} passed, {failed} failed {where}, {_versions()}")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"device": name, "torch": torch.__version__, "rows": rows}, file, indent=1)
-    return int(bool(wrong))
+            json.dump({"where": where, "versions": _versions(), "rows": rows}, file, indent=1)
+    return int(bool(failed) or not rows)
+
+
+def _versions() -> str:
+    triton = importlib.import_module("triton").__version__ if INSTALLED else "not installed"
+    return f"torch {torch.__version__}, triton {triton}"
 
 
 if __name__ == "__main__":

@@ -91,13 +91,13 @@ def _reason(tensors: list[Tensor], unsupported: str | None) -> str | None:
 
 
 # What a compiled graph may take for granted is not traced.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpreted() -> bool:
     """Whether Triton's interpreter stands in for the compiler."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,22 +10,34 @@ import pytest
 import torch
 
 from patchattn_kernels import attention, check, masked_attention, sink_window
-from patchattn_kernels.sink_window import visible
+from patchattn_kernels.sink_window import cases, visible
 
 
-def test_every_case_of_the_check_passes_in_both_directions_and_dtypes():
-    rows = list(check.checks("cpu", (torch.float32, torch.bfloat16), seeds=1))
-    assert {row["what"] for row in rows} == {"forward", "dq", "dk", "dv", "blocks"}
+def test_every_case_passes_with_torch_in_both_directions_and_dtypes():
+    rows = list(check.check(check.cases(), "cpu", (torch.float32, torch.bfloat16), backends=["torch"]))
+    assert {"result", "dq", "dk", "dv", "dsinks"} <= {row["what"] for row in rows}
     assert not [row for row in rows if not row["ok"]]
 
 
-def test_the_check_notices_a_wrong_result(monkeypatch, capsys):
-    monkeypatch.setattr(check, "run", lambda case, q, k, v, rank: 1.01 * sink_window(
-        q, k[:, :, case.past :], v[:, :, case.past :], rank[:, case.past :], sink=case.sink, recent=case.recent,
-        past=(k[:, :, : case.past], v[:, :, : case.past], rank[:, : case.past]) if case.past else None))  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["check", "--device", "cpu", "--seeds", "1"])
+@pytest.mark.parametrize("wrong", [1.01, float("nan")])
+def test_the_check_notices_a_wrong_result(wrong, monkeypatch, capsys):
+    case = cases.CASES[0]
+    spoilt = dataclasses.replace(case, run=lambda **inputs: wrong * case.run(**inputs), backends=("torch",))
+    monkeypatch.setattr(cases, "CASES", (spoilt,))
+    monkeypatch.setattr(sys, "argv", ["check", "sink_window", "--device", "cpu"])
     assert check.main() == 1
-    assert "FAILED sink_window forward" in capsys.readouterr().out
+    assert "FAILED sink_window torch float32 result of" in capsys.readouterr().out
+
+
+def test_the_check_notices_that_another_implementation_ran():
+    case = dataclasses.replace(cases.CASES[0], run=cases.CASES[0].formula)
+    with pytest.raises(RuntimeError, match=r"torch was asked for, and \{\} ran"):
+        list(check.check([("sink_window", case)], "cpu", backends=["torch"]))
+
+
+def test_a_primitive_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"no primitive is called sink_windows; there are .*sink_window"):
+        list(check.cases(["sink_windows"]))
 
 
 def test_a_window_over_everything_is_causal_attention():
@@ -51,11 +64,11 @@ def test_the_published_chunk_rule_reads_all_of_the_call_and_all_that_was_kept():
 def test_blocks_of_queries_change_nothing(block, monkeypatch):
     from patchattn_kernels.sink_window import reference
 
-    case = check.CASES[4]
-    q, k, v, rank = check.inputs(case, 0, "cpu")
-    wanted = check.run(case, q, k, v, rank)
+    case = cases.CASES[1]
+    inputs = case.inputs(torch.Generator().manual_seed(0))
+    wanted = case.run(**inputs)
     monkeypatch.setattr(reference, "QUERY_BLOCK", block)
-    torch.testing.assert_close(check.run(case, q, k, v, rank), wanted)
+    torch.testing.assert_close(case.run(**inputs), wanted)
 
 
 def test_long_masks_are_made_in_blocks(monkeypatch):
@@ -123,5 +136,6 @@ def test_the_primitives_import_without_triton_and_without_transformers():
 import sys
 sys.modules["triton"] = sys.modules["transformers"] = None
 import patchattn_kernels, patchattn_kernels.check
+list(patchattn_kernels.check.cases())
 """
     subprocess.run([sys.executable, "-c", code], check=True)
