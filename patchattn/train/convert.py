@@ -391,7 +391,7 @@ def _open_whole() -> None:
 
 @contextmanager
 def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Where TensorBoard's files go, if nobody said: by itself they would be beside the checkpoints, and go with them."""
+    """Where TensorBoard writes, unless the user said: by itself that is among the checkpoints, which are removed."""
     name = "TENSORBOARD_LOGGING_DIR"
     given = os.environ.get(name)
     os.environ.setdefault(name, str(folder))
