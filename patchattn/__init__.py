@@ -33,7 +33,7 @@ _HOMES = {
     "settings": "living",
     "unpatch": "attach",
 }
-_SUBMODULES = ("duo", "gates", "lab", "testing")
+_SUBMODULES = ("duo", "gates", "lab", "testing", "var")
 
 __all__ = [
     "Dense",
@@ -41,6 +41,7 @@ __all__ = [
     "GatedAttention",
     "Method",
     "MethodConfig",
+    "VAR",
     "__version__",
     "cache_bytes",
     "disabled",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention
     from .methods.gated_attention import GatedAttention
+    from .methods.var import VAR
 
 
 def __getattr__(name: str) -> Any:

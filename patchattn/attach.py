@@ -68,7 +68,10 @@ def _patch(model: Model, what: Any, layers: Any, check: Callable[[dict[str, Tens
                 f"{site.name} has the config of a patched model; make this one from a config that was never patched, "
                 "or unpatch the other first"
             )
-    plan = _resolve(sites, _as_plan(what, layers))
+    plan = [
+        (selector, chosen, [type(method)(method.config.measure(root)) for method in methods])
+        for selector, chosen, methods in _resolve(sites, _as_plan(what, layers))
+    ]
     ready: list[tuple[Site, list[Method]]] = []
     for _, chosen, methods in plan:
         for order, site in enumerate(chosen):
@@ -157,6 +160,9 @@ def unfit(site: Site, methods: Sequence[Method]) -> str | None:
         return site.problem
     if site.family == "diffusers" and (reason := diffusers.unfit(site, methods)) is not None:
         return reason
+    keeping = [method.name for method in methods if type(method).cache_layer is not Method.cache_layer]
+    if len(keeping) > 1:
+        return f"{keeping[0]} and {keeping[1]} each keep a cache layer of their own, and a layer has one"
     for method in methods:
         if method.rotary == "raw" and (reason := _raw_problem(site)) is not None:
             return f"{method.name} needs q and k before rotary, but {reason}"

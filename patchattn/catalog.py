@@ -21,6 +21,9 @@ _SITE = Site(
 # One made-up attention module of each kind, of which every method is asked whether it fits.
 FAMILIES = {
     "decoder": _SITE,
+    "vision-language decoder": dataclasses.replace(
+        _SITE, hidden_size=1024, model_config=SimpleNamespace(image_token_id=1)
+    ),
     "sliding-window decoder": dataclasses.replace(_SITE, window=64),
     "encoder/ViT": dataclasses.replace(_SITE, causal=False, kv_heads=8, layer_idx=None),
     "diffusion": dataclasses.replace(_SITE, family="diffusers", causal=False, kv_heads=8),

@@ -40,8 +40,9 @@ class Attachment:
         self.rotary_embedding: nn.Module | None = None
         self.splits_rotary = False  # the module rotates only the first part of a head
         self.context: AttentionContext | None = None  # between the pre-hook and the attention call
-        self.captured: dict[str, Tensor] = {}
+        self.captured: dict[str, Any] = {}
         self.model_inputs: ModelInputs | None = None
+        self.remembered: Any = None  # by the rotary of each forward in training, what came with it
         self.around: Callable[[AttentionContext], Tensor] | None = None  # a training stage that stands in between
         self.calls = 0
         self.base_ran: str | None = None  # what `attend` last ran below the methods; not counted when compiled
@@ -57,20 +58,36 @@ class ModelInputs:
         self.attention_mask: Tensor | None = values.get("attention_mask")
         self.values = values
         self._config = model_config
+        self._kept: dict[str, Any] = {}
 
     @property
     def visual(self) -> Tensor | None:
         """`[B, T]`, True where a token of this call stands for a piece of an image or a video; None if unknown."""
+        if "visual" not in self._kept:  # all layers ask, once is enough
+            self._kept["visual"] = self._find_visual()
+        return self._kept["visual"]
+
+    @property
+    def has_visual(self) -> bool:
+        """Whether there are such tokens; waits for the device."""
+        if "has_visual" not in self._kept:
+            self._kept["has_visual"] = self.visual is not None and bool(self.visual.any())
+        return self._kept["has_visual"]
+
+    def _find_visual(self) -> Tensor | None:
         kinds = self.values.get("mm_token_type_ids")
-        if kinds is not None:
+        if kinds is not None and (self.input_ids is None or kinds.shape == self.input_ids.shape):
             return kinds > 0
-        if self.input_ids is None:
+        tokens = visual_tokens(self._config)
+        if self.input_ids is None or not tokens:
             return None
-        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        tokens = {value for name in names if (value := getattr(self._config, name, None)) is not None}
-        if not tokens:
-            return None
-        return torch.isin(self.input_ids, torch.tensor(sorted(tokens), device=self.input_ids.device))
+        return torch.isin(self.input_ids, torch.tensor(tokens, device=self.input_ids.device))
+
+
+def visual_tokens(model_config: Any) -> list[int]:
+    """The tokens that stand for pieces of images and videos in a model's text."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return sorted({value for name in names if isinstance(value := getattr(model_config, name, None), int)})
 
 
 class AttentionContext:
@@ -137,14 +154,16 @@ class AttentionContext:
 
     def _captured(self, name: str) -> Tensor:
         try:
-            return self.attachment.captured[name]
+            tensor: Tensor = self.attachment.captured[name]
+            return tensor
         except KeyError:
             owners = ", ".join(type(method).__name__ for method in self.attachment.methods)
             raise RuntimeError(f"{name!r} was not captured; add it to `needs` of {owners}") from None
 
     @property
     def model_inputs(self) -> ModelInputs | None:
-        return self.attachment.model_inputs
+        """What the whole model was called with; None where only a part of it was called (needs "model_inputs")."""
+        return self.attachment.model_inputs or self.attachment.captured.get("model_inputs")
 
     @property
     def scaling(self) -> float | None:

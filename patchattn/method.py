@@ -50,6 +50,10 @@ class MethodConfig:
         """The config with everything that needs the model or the disk filled in; called once a patch."""
         return self
 
+    def measure(self, model: nn.Module) -> MethodConfig:
+        """The config with everything filled in that takes a run of the model; called by `patch` after `resolve`."""
+        return self
+
     def _require(self, condition: bool, field: str, allowed: str) -> None:
         if not condition:
             raise ValueError(f"{_owner(type(self))}: {field} is {getattr(self, field)!r}; it must be {allowed}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _compat
 from .context import Attachment, AttentionContext, ModelInputs
@@ -74,9 +75,29 @@ def before_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> An
             break
     if cache is not None:
         _note_cache(ctx, attachment, cache)
+    if module.training and attachment.methods and not torch.compiler.is_compiling():
+        _remember(attachment, kwargs.get("position_embeddings"))
     if attachment.raw:
         return _neutral_rotary(ctx, args, kwargs)
     return None
+
+
+def _remember(attachment: Attachment, rotary: Any) -> None:
+    """Keep what came with this call for the second run that gradient checkpointing makes of it, or find it again.
+
+    That run comes when the model's forward, and perhaps another one, is over, and reaches neither the model nor the
+    decoder layer. The rotary tells which forward it belongs to: each makes its own, and both runs are handed it.
+    """
+    if not isinstance(rotary, tuple) or not isinstance(rotary[0], Tensor):
+        return
+    if attachment.model_inputs is not None:
+        residual = attachment.captured.get("residual")
+        kept = {} if residual is None else {"residual": residual.detach()}  # a graph would keep itself alive
+        if attachment.remembered is None:
+            attachment.remembered = WeakTensorKeyDictionary()
+        attachment.remembered[rotary[0]] = {**kept, "model_inputs": attachment.model_inputs}
+    elif attachment.remembered is not None and (found := attachment.remembered.get(rotary[0])) is not None:
+        attachment.captured.update(found)
 
 
 def _note_cache(ctx: AttentionContext, attachment: Attachment, cache: Any) -> None:

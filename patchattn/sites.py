@@ -39,6 +39,7 @@ class Site:
     cache_problem: str | None = None  # why no method can keep a cache layer of its own here
     order: int = 0  # its place among the modules patched together
     problem: str | None = None  # why no method can sit here
+    model_config: Any = None  # of the whole model, of which `config` may be a part
 
     @property
     def weight(self) -> torch.Tensor | None:
@@ -71,10 +72,11 @@ def find_sites(model: nn.Module) -> list[Site]:
     caches: dict[int, list[Any]] = {}
     for name, module in model.named_modules():
         if speaks_interface(module) and getattr(module, "config", None) is not None:
-            sites.append(_interface_site(name, module, caches))
-        elif (site := diffusers.site(name, module, getattr(model, "config", None), reached)) is not None:
-            sites.append(site)
-            reached += site.problem is None
+            site = _interface_site(name, module, caches)
+            sites.append(replace(site, model_config=getattr(model, "config", None)))
+        elif (found := diffusers.site(name, module, getattr(model, "config", None), reached)) is not None:
+            sites.append(found)
+            reached += found.problem is None
     return _with_shared_caches(sites)
 
 

@@ -7,6 +7,7 @@ legend everywhere: B batch, H query heads, G key/value heads, T queries, S keys,
 
 from .attention import masked_attention
 from .dispatch import backend
+from .grouped import grouped
 from .sink_window import sink_window, sink_window_decode
 
-__all__ = ["backend", "masked_attention", "sink_window", "sink_window_decode"]
+__all__ = ["backend", "grouped", "masked_attention", "sink_window", "sink_window_decode"]
