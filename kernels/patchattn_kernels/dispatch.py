@@ -29,7 +29,7 @@ def backend(name: str) -> Iterator[None]:
     """Choose the implementation of every primitive inside the block: "auto", "torch" or "triton".
 
     The choice holds for the whole process, as a compiled graph is guarded by it. "triton" raises where it cannot
-    run. On CPU tensors it needs TRITON_INTERPRET=1, set before the kernels are first used: slow, for tests.
+    run. On CPU tensors it needs TRITON_INTERPRET=1, set before triton is first imported: slow, for tests.
     """
     global _backend
     _check(name, "backend")

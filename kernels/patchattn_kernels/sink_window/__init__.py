@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from .reference import Tier, decode_reference, sink_window_reference, visible
+from . import ops
+from .reference import EVERYTHING, Tier, decode_reference, sink_window_reference, visible
 
 __all__ = ["Tier", "sink_window", "sink_window_decode", "visible"]
 
@@ -61,7 +63,16 @@ def sink_window(
     past, full = (tier if tier is None else Tier(*tier) for tier in (past, full))
     options: dict[str, Any] = dict(sink=sink, recent=recent, past=past, full_heads=_flags(full_heads, k), full=full,
                                    chunked=chunked, scale=scale, softcap=softcap, sinks=sinks)  # fmt: skip
-    use_triton("sink_window", q, unsupported="Triton form")
+    given = [q, k, v, sinks, *(past or ()), *(full or ())]
+    unsupported = _unsupported(q, [v, *(tier.values for tier in (past, full) if tier)], dropout)
+    if (past is not None or full is not None) and _trains(given):
+        unsupported = "gradient over a cache"
+    if use_triton("sink_window", *given, unsupported=unsupported):
+        if chunked:
+            sink, recent = 0, EVERYTHING
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        tiers = (*(past or (None,) * 3), *(full or (None,) * 3))
+        return ops.prefill(q, k, v, rank, *tiers, options["full_heads"], sink, recent, scale, softcap, sinks)[0]
     return sink_window_reference(q, k, v, rank, dropout=dropout, **options)
 
 
@@ -105,8 +116,29 @@ def sink_window_decode(
         raise ValueError(f"sink_window_decode: q has {q.shape[2]} tokens a row; it takes 1, sink_window takes more")
     options: dict[str, Any] = dict(sink=sink, recent=recent, kept=kept, full_heads=flags, full=full,
                                    scale=scale, softcap=softcap, sinks=sinks)  # fmt: skip
-    use_triton("sink_window_decode", q, unsupported="Triton form")
+    given = [q, sinks, *(kept or ()), *(full or ())]
+    unsupported = _unsupported(q, [tier.values for tier in (kept, full) if tier], dropout)
+    if _trains(given):
+        unsupported = "gradient"
+    if use_triton("sink_window_decode", *given, unsupported=unsupported):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        tiers = (*(kept or (None,) * 3), *(full or (None,) * 3))
+        return ops.decode(q, rank, *tiers, flags, sink, recent, scale, softcap, sinks)
     return decode_reference(q, rank, dropout=dropout, **options)
+
+
+def _trains(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _unsupported(q: Tensor, values: Sequence[Tensor], dropout: float) -> str | None:
+    if dropout:
+        return "dropout"
+    if q.shape[-1] > 256:
+        return f"heads of size {q.shape[-1]}"
+    if any(tensor.shape[-1] != q.shape[-1] for tensor in values):
+        return "values of another size than the keys"
+    return None
 
 
 def _flags(full_heads: Sequence[bool] | None, k: Tensor) -> list[bool]:

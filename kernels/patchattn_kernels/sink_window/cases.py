@@ -35,6 +35,8 @@ class Sizes:
     @property
     def label(self) -> str:
         said = {name: value for name, value in asdict(self).items() if name != "full_heads" and value not in ((), None)}
+        if not self.past:
+            del said["past"], said["full_ranks"]
         kinds = "".join("f" if full else "s" for full in self.full_heads)
         return f"{kinds} " + " ".join(f"{name}={value}" for name, value in said.items() if value is not False)
 
@@ -103,26 +105,26 @@ class Sizes:
                                   sinks=sinks, **self.options())  # fmt: skip
 
 
-STREAMING, BOTH = (False,) * 2, (False, True, False)
+STREAMING, BOTH = (False, False), (False, True)
 PROMPTS = (
-    Sizes(1, 4, (False,) * 4, 77, 16, sink=4, recent=16),
-    Sizes(2, 6, BOTH, 130, 64, sink=3, recent=32, padding=(0, 41)),
-    Sizes(1, 2, (True,), 70, 40, sink=1, recent=1, scale=0.3, softcap=2.0),
-    Sizes(2, 8, STREAMING, 61, 32, sink=0, recent=7, padding=(5, 0), sinks=True),
-    Sizes(1, 4, (False,), 45, 64, sink=9, recent=1),
-    Sizes(3, 4, BOTH[1:], 33, 48, sink=2, recent=64, padding=(0, 33, 7), softcap=5.0, sinks=True),
+    Sizes(1, 2, STREAMING, 77, 16, sink=4, recent=16),
+    Sizes(2, 4, BOTH, 67, 64, sink=3, recent=20, padding=(0, 29)),
+    Sizes(1, 1, (True,), 70, 40, sink=1, recent=1, scale=0.3, softcap=2.0),
+    Sizes(1, 3, (False,), 61, 32, sink=0, recent=7, padding=(5,), sinks=True),
+    Sizes(1, 2, (False,), 45, 64, sink=9, recent=1),
+    Sizes(3, 2, BOTH, 33, 48, sink=2, recent=64, padding=(0, 33, 7), softcap=5.0, sinks=True),
 )
 PARTS = (
     Sizes(2, 4, STREAMING, 1, 32, sink=4, recent=12, past=40),
-    Sizes(1, 3, BOTH, 19, 32, sink=4, recent=12, past=23, full_ranks=False, sinks=True),
-    Sizes(2, 6, BOTH, 37, 16, sink=4, recent=12, past=23, padding=(0, 11), softcap=3.0),
-    Sizes(2, 2, BOTH[:2], 37, 16, sink=4, recent=12, past=23, padding=(0, 30)),
-    Sizes(1, 2, BOTH[:2], 20, 16, sink=2, recent=4, past=23, chunked=True),
+    Sizes(1, 3, (*BOTH, False), 19, 32, sink=4, recent=12, past=23, full_ranks=False, sinks=True),
+    Sizes(2, 4, BOTH, 37, 16, sink=4, recent=12, past=23, padding=(0, 11), softcap=3.0),
+    Sizes(2, 2, BOTH, 37, 16, sink=4, recent=12, past=23, padding=(0, 30)),
+    Sizes(1, 2, BOTH, 20, 16, sink=2, recent=4, past=23, chunked=True),
 )
 STEPS = (
     Sizes(2, 4, STREAMING, 1, 32, sink=4, recent=12, past=40, padding=(0, 9)),
-    Sizes(1, 6, BOTH, 1, 64, sink=4, recent=12, past=150, full_ranks=False, scale=0.2, softcap=2.0),
-    Sizes(2, 6, BOTH, 1, 40, sink=4, recent=12, past=80, padding=(0, 50), sinks=True),
+    Sizes(1, 6, (*BOTH, False), 1, 64, sink=4, recent=12, past=150, full_ranks=False, scale=0.2, softcap=2.0),
+    Sizes(2, 6, (*BOTH, False), 1, 40, sink=4, recent=12, past=80, padding=(0, 50), sinks=True),
     Sizes(2, 4, (True,), 1, 16, sink=1, recent=1, past=33, padding=(34, 0)),
 )
 
