@@ -39,6 +39,7 @@ __all__ = [
     "Dense",
     "DuoAttention",
     "GatedAttention",
+    "LongHeads",
     "Method",
     "MethodConfig",
     "VAR",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention
     from .methods.gated_attention import GatedAttention
+    from .methods.longheads import LongHeads
     from .methods.var import VAR
 
 

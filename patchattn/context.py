@@ -236,20 +236,45 @@ class AttentionContext:
 
     def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """The model's own rotary on `[B, heads, tokens, D]`: at the true positions, or at any `[B or 1, tokens]`."""
+        return self._rotated(x, *(self.position_embeddings if positions is None else self._angles(x, positions)))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """`x` `[B, heads, T, D]` a quarter turn on: `rotate(x, p)` is `x * cos + turned(x) * sin`, see `turns`."""
+        cos, sin = self.position_embeddings
+        return self._rotated(x, torch.zeros_like(cos), torch.ones_like(sin))
+
+    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the model's rotary at `positions` `[N]`, in the places of a head: `[N, D]`, float32."""
+        ones = torch.ones(1, 1, len(positions), self.q.shape[-1], device=self.q.device)
+        cos, sin = self._angles(ones, positions[None])
+        zero, one = torch.zeros_like(cos), torch.ones_like(sin)
+        kept = self._rotated(ones, zero, zero)  # 1 in the part of a head that is not rotated, else 0
+        sines = self._rotated(ones, zero, sin) * self._rotated(ones, zero, one) - kept
+        return self._rotated(ones, cos, zero)[0, 0], sines[0, 0]
+
+    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self.attachment.rotary_embedding is None:
+            raise RuntimeError(f"{self.attachment.site.name}: the model's rotary embedding was not found")
+        return self.attachment.rotary_embedding(x, positions)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attachment = self.attachment
         if attachment.rotary_function is None:
             raise RuntimeError(f"{attachment.site.name}: the model has no rotary that patchattn can apply")
-        if positions is None:
-            cos, sin = self.position_embeddings
-        else:
-            if attachment.rotary_embedding is None:
-                raise RuntimeError(f"{attachment.site.name}: the model's rotary embedding was not found")
-            cos, sin = attachment.rotary_embedding(x, positions)
         width = cos.shape[-1]
         if attachment.splits_rotary and width < x.shape[-1]:
             turned = attachment.rotary_function(x[..., :width], x[..., :width], cos, sin)[0]
             return torch.cat([turned, x[..., width:]], dim=-1)
         return attachment.rotary_function(x, x, cos, sin)[0]
+
+    def _rotated_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw q of this call and raw k as the unpatched module rotates them, where padding is left or right."""
+        if self.position_embeddings is None:
+            return q, k
+        if k.shape[2] == q.shape[2]:
+            return self.rotate(q), self.rotate(k)
+        keys = torch.arange(k.shape[2], device=k.device)[None] + self.key_offset
+        return self.rotate(q, self.positions[None]), self.rotate(k, keys)  # both by their place in the cache
 
     # ---- the inner attention -------------------------------------------------------------------------------
 
@@ -294,9 +319,9 @@ class AttentionContext:
     def softmax_weights(self, first: int, last: int) -> Tensor:
         """The softmax of the scores of the queries `first` to `last`: `[B, H, last - first, S]`, float32."""
         q, k = self.q[:, :, first:last], self.k
-        if self.attachment.raw and self.position_embeddings is not None:
-            keys = torch.arange(k.shape[2], device=k.device)[None] + self.key_offset
-            q, k = self.rotate(self.q)[:, :, first:last], self.rotate(k, keys)
+        if self.attachment.raw:
+            q, k = self._rotated_pair(self.q, k)
+            q = q[:, :, first:last]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
         if self.softcap is not None:
@@ -318,9 +343,8 @@ class AttentionContext:
     def _base(self) -> Tensor:
         attachment = self.attachment
         q, k, v = self.q, self.k, self.v
-        if attachment.raw and self.position_embeddings is not None:
-            keys = torch.arange(k.shape[2], device=k.device)[None] + self.key_offset
-            q, k = self.rotate(q), self.rotate(k, keys)
+        if attachment.raw:
+            q, k = self._rotated_pair(q, k)
         function, base = attachment.base_function, attachment.base
         given = self._given.mask
         if given is not None and given.dim() == 4 and base not in ("sdpa", "eager"):

@@ -1,0 +1,272 @@
+"""Attention to chunks of keys that each token and head picks for itself, in torch: the specification.
+
+Keys are cut into chunks of `chunk` tokens and rotated (RoPE) by their place inside their chunk. Each complete chunk
+has one key that stands for it. A token scores those, picks some chunks, lays them side by side in their order, and
+attends to them as if they were its whole past. No key is rotated again for that: scores depend on differences of
+positions only, so it is the query that turns on, by whole chunks, once for each chunk it reads.
+
+Nothing here holds `[B, H, T, S]`, nor the scores `[B, H, T, chunks]` of more than a block of queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BLOCK_ELEMENTS = 1 << 22  # of the largest temporary tensor: scores, probabilities, turned queries
+
+
+def complete_chunks_reference(
+    chunk_keys: Tensor, q: Tensor, k: Tensor, v: Tensor, before: Tensor, after: Tensor, chunk: int, scale: float
+) -> None:
+    heads = q.shape[1]
+    for row, (first, last) in enumerate(zip((before // chunk).tolist(), (after // chunk).tolist(), strict=True)):
+        size = max(1, BLOCK_ELEMENTS // (heads * chunk * chunk))
+        for start in range(first, last, size):
+            chunks = torch.arange(start, min(start + size, last), device=q.device)
+            some_q, some_k, some_v = (_from_ring(x[row], chunks, chunk) for x in (q, k, v))
+            found = represent(some_q, some_k, some_v, scale)
+            chunk_keys[row, :, start : start + len(chunks)] = found.to(chunk_keys.dtype)
+
+
+def _from_ring(x: Tensor, chunks: Tensor, chunk: int) -> Tensor:
+    """These chunks out of `[heads, slots + 1, D]`, where token r has slot r % slots: `[heads, chunks, chunk, D]`."""
+    slots = (x.shape[1] - 1) // chunk
+    return x[:, :-1].unflatten(1, (slots, chunk)).index_select(1, chunks % slots)
+
+
+def represent(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One key for each chunk: `q` `[H, N, chunk, D]` and `k`, `v` `[G, N, chunk, D]` to `[H, N, D]`, float32.
+
+    Inside the chunk every token attends to every other; the mean of the results is the query that gathers the
+    chunk's keys into one.
+    """
+    group = q.shape[0] // k.shape[0]
+    q, k, v = q.float(), k.float().repeat_interleave(group, dim=0), v.float().repeat_interleave(group, dim=0)
+    weights = (q @ k.mT * scale).softmax(dim=-1).mean(dim=-2, keepdim=True)  # [H, N, 1, chunk]
+    query = weights @ v
+    return ((query @ k.mT * scale).softmax(dim=-1) @ k).squeeze(-2)
+
+
+def select_chunks_reference(q: Tensor, chunk_keys: Tensor, current: Tensor, chunks: int, dense: int) -> Tensor:
+    count = chunk_keys.shape[2]
+    free = min(max(chunks, dense) - 3, count)
+    size = max(1, BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * count))
+    index = torch.arange(count, device=q.device)
+    blocks = []
+    for some, here in zip(q.split(size, dim=2), current.split(size, dim=1), strict=True):
+        scores = some.float() @ chunk_keys.float().mT  # [B, H, t, count]
+        here = here[:, None, :, None]
+        best, found = scores.masked_fill((index < 1) | (index > here - 2), float("-inf")).topk(free, dim=-1)
+        allowed = torch.where(here < dense, free, chunks - 3)
+        blocks.append(found.where((best > float("-inf")) & (torch.arange(free, device=q.device) < allowed), -1))
+    return with_forced(torch.cat(blocks, dim=2), current, max(chunks, dense))
+
+
+def with_forced(free: Tensor, current: Tensor, width: int) -> Tensor:
+    """The free choices `[B, H, T, n]` (-1: none), and the first, the last but one and the current chunk: ascending."""
+    none = torch.iinfo(torch.int32).max
+    here = current[:, None, :, None].expand(-1, free.shape[1], -1, -1)
+    first, neighbour, own = torch.zeros_like(here).where(here >= 0, none), here - 1, here
+    lists = [first, free.where(free >= 0, none), neighbour.where(here >= 2, none), own.where(here >= 1, none)]
+    chosen = torch.cat(lists, dim=-1).int().sort(dim=-1).values
+    return functional.pad(chosen.where(chosen < none, -1), (0, width - chosen.shape[-1]), value=-1)
+
+
+def chunk_attention_reference(
+    q: Tensor,
+    turned: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    selected: Tensor,
+    opened: Tensor,
+    sinks: Tensor | None,
+    chunk: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The output `[B, H, T, D]`, and the logarithm of the sum of each query's weights, `[B, H, T]` in float32."""
+    run = _one_token if q.shape[2] == 1 else _by_chunk
+    parts = [
+        run(some_q, some_turned, k, v, cos, sin, chosen, readable, sinks, chunk, scale, softcap)
+        for some_q, some_turned, chosen, readable in _blocks(selected, opened, q, turned)
+    ]
+    out, total = (torch.cat(same, dim=2) for same in zip(*parts, strict=True))
+    return out.to(q.dtype), total
+
+
+def _blocks(selected: Tensor, opened: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of queries so small that a tensor of every pair of query and chunk fits; `[B, H, T, ...]`, `[B, T]`."""
+    rows, heads, _, count = selected.shape
+    size = max(1, BLOCK_ELEMENTS // (rows * heads * count * others[0].shape[3]))
+    return zip(*(x.split(size, dim=2) for x in (*others, selected)), opened.split(size, dim=1), strict=True)
+
+
+def _steps(selected: Tensor) -> Tensor:
+    """How many chunks each chosen chunk lies before the query's own: `[B, H, T, n]`, negative where there is none."""
+    return (selected >= 0).sum(dim=-1, keepdim=True) - 1 - torch.arange(selected.shape[3], device=selected.device)
+
+
+def _readable(selected: Tensor, steps: Tensor, opened: Tensor, chunk: int) -> Tensor:
+    """How many keys of each chosen chunk are read: `[B, H, T, n]`."""
+    return opened[:, None, :, None].where(steps == 0, chunk).where(selected >= 0, 0)
+
+
+class _Pairs:
+    """Every pair of a query and a chunk that it reads, those of one chunk together.
+
+    Attributes:
+        index: `[pairs]`, where each stood in `selected`; query: which query it is; step, readable: see above.
+        chunks: for each chunk that is read: its row, its KV head, its tokens, and its slice of the pairs.
+    """
+
+    def __init__(self, selected: Tensor, opened: Tensor, groups: int, length: int, chunk: int) -> None:
+        rows, heads, _, count = selected.shape
+        steps, stored = _steps(selected), -(-length // chunk)
+        readable = _readable(selected, steps, opened, chunk)
+        row, head = (torch.arange(n, device=selected.device) for n in (rows, heads))
+        owner = row[:, None] * groups + head // (heads // groups)  # [B, H], which keys a head reads
+        place = owner[:, :, None, None] * stored + selected
+        nowhere = rows * groups * stored
+        place = place.where((readable > 0) & (selected < stored), nowhere).flatten()
+        sizes = place.bincount(minlength=nowhere + 1).tolist()[:nowhere]
+        self.index = place.argsort(stable=True)[: sum(sizes)]
+        self.query = self.index // count
+        self.step, self.readable = (x.flatten()[self.index] for x in (steps, readable))
+        self.chunks: list[tuple[int, int, slice, slice]] = []
+        first = 0
+        for where, size in enumerate(sizes):
+            if size:
+                (b, g), start = divmod(where // stored, groups), where % stored * chunk
+                self.chunks.append((b, g, slice(start, start + chunk), slice(first, first + size)))
+                first += size
+
+    def hidden(self, pairs: slice, keys: int) -> Tensor:
+        """Which of the keys of a chunk these pairs do not read: `[pairs, keys]`."""
+        return torch.arange(keys, device=self.readable.device) >= self.readable[pairs, None]
+
+
+def _by_chunk(
+    q: Tensor, turned: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, selected: Tensor, opened: Tensor,
+    sinks: Tensor | None, chunk: int, scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Chunk after chunk, with all the queries that picked it; then each query joins its parts by their weights."""
+    pairs = _Pairs(selected, opened, k.shape[1], k.shape[2], chunk)
+    queries = _turn(q, turned, cos, sin, pairs)
+    part = torch.zeros(selected.numel(), v.shape[3], device=q.device)
+    weight = torch.full((selected.numel(),), float("-inf"), device=q.device)
+    for b, g, tokens, some in pairs.chunks:
+        keys, values = k[b, g, tokens].float(), v[b, g, tokens].float()
+        scores = _capped(queries[some] @ keys.mT * scale, softcap)
+        scores = scores.masked_fill(pairs.hidden(some, len(keys)), float("-inf"))
+        total = scores.logsumexp(dim=-1)
+        weight[pairs.index[some]] = total
+        part[pairs.index[some]] = (scores - total[:, None]).exp() @ values
+    weight = weight.view(selected.shape)
+    everything = weight if sinks is None else torch.cat([weight, _logits(sinks, weight)], dim=-1)
+    total = everything.logsumexp(dim=-1)
+    share = (weight - total.masked_fill(total == float("-inf"), 0.0)[..., None]).exp()  # padding reads nothing
+    return (share.unsqueeze(-2) @ part.view(*selected.shape, -1)).squeeze(-2), total
+
+
+def _turn(q: Tensor, turned: Tensor, cos: Tensor, sin: Tensor, pairs: _Pairs) -> Tensor:
+    """The queries of the pairs, each turned on to its distance from the chunk: `[pairs, D]`, float32."""
+    straight, quarter = (x.reshape(-1, x.shape[3])[pairs.query].float() for x in (q, turned))
+    return straight * cos[pairs.step] + quarter * sin[pairs.step]
+
+
+def _logits(sinks: Tensor, weight: Tensor) -> Tensor:
+    return sinks.float()[:, None, None].expand(*weight.shape[:3], 1)
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _one_token(
+    q: Tensor, turned: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, selected: Tensor, opened: Tensor,
+    sinks: Tensor | None, chunk: int, scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for one query a row, whose chunks are gathered and read at once."""
+    rows, heads, group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
+    k, v = (_chunks(x, chunk) for x in (k, v))
+    steps = _steps(selected)
+    readable = _readable(selected, steps, opened, chunk)[:, :, 0, :, None]
+    step, chosen = steps[:, :, 0].clamp(min=0), selected[:, :, 0].clamp(min=0, max=k.shape[2] - 1)
+    q = q.float() * cos[step] + turned.float() * sin[step]  # [B, H, n, D]
+    hidden = torch.arange(chunk, device=q.device) >= readable  # [B, H, n, chunk]
+    out, total = v.new_zeros(rows, heads, 1, v.shape[4], dtype=torch.float), q.new_empty(rows, heads, 1)
+    for b in range(rows):
+        for h in range(heads):
+            keys, values = (x[b, h // group].index_select(0, chosen[b, h]).float() for x in (k, v))  # [n, chunk, D]
+            scores = _capped((keys @ q[b, h, :, :, None]).squeeze(-1) * scale, softcap)
+            scores = scores.masked_fill(hidden[b, h], float("-inf")).flatten()
+            everything = scores if sinks is None else torch.cat([scores, sinks[h].float()[None]])
+            total[b, h, 0] = everything.logsumexp(dim=0)
+            weights = (scores - total[b, h].clamp(min=torch.finfo(torch.float).min)).exp()  # padding reads nothing
+            out[b, h, 0] = weights @ values.flatten(0, 1)
+    return out, total
+
+
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    """`[B, G, S, D]` as `[B, G, chunks, chunk, D]`; a view where S is a multiple of chunk, or one more."""
+    whole = x.shape[2] // chunk * chunk
+    if x.shape[2] - whole > 1:
+        x, whole = functional.pad(x, (0, 0, 0, whole + chunk - x.shape[2])), whole + chunk
+    return x[:, :, :whole].unflatten(2, (whole // chunk, chunk))
+
+
+def chunk_attention_backward_reference(
+    grad: Tensor,
+    q: Tensor,
+    turned: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    selected: Tensor,
+    opened: Tensor,
+    out: Tensor,
+    total: Tensor,
+    sinks: Tensor | None,
+    chunk: int,
+    scale: float,
+    softcap: float | None,
+) -> list[Tensor]:
+    """Gradients of q, turned, k, v, and of sinks if there are any; the choice of chunks has none."""
+    found: list[tuple[Tensor, Tensor]] = []
+    grad_k, grad_v = (torch.zeros(x.shape, device=x.device) for x in (k, v))
+    for part in _blocks(selected, opened, q, turned, grad, out, total[..., None]):
+        some_q, some_turned, upstream, mine, sums, chosen, readable = part
+        pairs = _Pairs(chosen, readable, k.shape[1], k.shape[2], chunk)
+        queries = _turn(some_q, some_turned, cos, sin, pairs)
+        upstream = upstream.float()
+        shift = (upstream * mine.float()).sum(dim=-1).flatten()[pairs.query, None]
+        upstream = upstream.reshape(-1, v.shape[3])[pairs.query]
+        sums = sums.reshape(-1, 1)[pairs.query]
+        grad_queries = torch.zeros_like(queries)
+        for b, g, tokens, some in pairs.chunks:
+            keys, values = k[b, g, tokens].float(), v[b, g, tokens].float()
+            scores = _capped(queries[some] @ keys.mT * scale, softcap)
+            weights = (scores - sums[some]).exp().masked_fill(pairs.hidden(some, len(keys)), 0.0)
+            change = weights * (upstream[some] @ values.mT - shift[some]) * scale
+            if softcap is not None:
+                change = change * (1 - (scores / softcap).square())
+            grad_queries[some] = change @ keys
+            grad_k[b, g, tokens] += change.mT @ queries[some]
+            grad_v[b, g, tokens] += weights.mT @ upstream[some]
+        straight, quarter = (torch.zeros(some_q.shape, device=q.device) for _ in "qt")
+        straight.view(-1, q.shape[3]).index_add_(0, pairs.query, grad_queries * cos[pairs.step])
+        quarter.view(-1, q.shape[3]).index_add_(0, pairs.query, grad_queries * sin[pairs.step])
+        found.append((straight, quarter))
+    grad_q, grad_turned = (torch.cat(same, dim=2).to(q.dtype) for same in zip(*found, strict=True))
+    gradients = [grad_q, grad_turned, grad_k.to(k.dtype), grad_v.to(v.dtype)]
+    if sinks is not None:
+        taken = (_logits(sinks, total[..., None])[..., 0] - total).exp()  # the weight of the sink
+        gradients.append(-(taken * (grad.float() * out.float()).sum(dim=-1)).sum(dim=(0, 2)).to(sinks.dtype))
+    return gradients
