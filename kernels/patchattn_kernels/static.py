@@ -76,19 +76,9 @@ def compile_one(entry: Compile, chip: int, dtype: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
-    names = entry.kernel.arg_names
-    said = {name: text.replace("T", dtype).split(":") for name, text in entry.arguments.items()}
-    missing = sorted(set(names) - {*said, *entry.constants})
-    unknown = sorted({*said, *entry.constants} - set(names))
-    if missing or unknown:
-        raise ValueError(f"{entry.label}: STATIC says nothing of the arguments {missing} and has {unknown}, "
-                         f"which the kernel has not; it takes {list(names)}")  # fmt: skip
-    source = ASTSource(
-        fn=entry.kernel,
-        signature={name: "constexpr" if name in entry.constants else said[name][0] for name in names},
-        constexprs=dict(entry.constants),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, (_, *hint) in said.items() if hint == ["16"]},
-    )
+    signature, aligned = arguments(entry, dtype)
+    attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=entry.kernel, signature=signature, constexprs=dict(entry.constants), attrs=attributes)
     target = GPUTarget("cuda", chip, 32)
     options = make_backend(target).parse_options({"num_warps": entry.num_warps, "num_stages": entry.num_stages})
     compiled = triton.compile(source, target=target, options=options.__dict__)
@@ -101,6 +91,20 @@ def compile_one(entry: Compile, chip: int, dtype: str) -> Compiled:
     )  # fmt: skip
 
 
+def arguments(entry: Compile, dtype: str) -> tuple[dict[str, str], list[str]]:
+    """The type of every argument of the kernel in order, "constexpr" for constants; and which are multiples of 16."""
+    names = list(entry.kernel.arg_names)
+    types = {name: text.replace("T", dtype).partition(":") for name, text in entry.arguments.items()}
+    missing = [name for name in names if name not in types and name not in entry.constants]
+    unknown = [name for name in (*types, *entry.constants) if name not in names]
+    twice = [name for name in types if name in entry.constants]
+    if missing or unknown or twice:
+        raise ValueError(f"{entry.label}: its arguments and constants must be those of the kernel, each once; missing: "
+                         f"{missing}, unknown: {unknown}, twice: {twice}")  # fmt: skip
+    signature = {name: "constexpr" if name in entry.constants else types[name][0] for name in names}
+    return signature, [name for name, (_, _, hint) in types.items() if hint == "16"]
+
+
 def problems(chip: int, wanted: str, spilled: int, shared: int, found: list[str]) -> Iterator[str]:
     """What forbids to ship a kernel with these properties."""
     if spilled:
@@ -109,7 +113,8 @@ def problems(chip: int, wanted: str, spilled: int, shared: int, found: list[str]
         yield f"needs {shared} bytes of shared memory, of which there are {SHARED_LIMIT[chip]}"
     expected = {"own": [OWN_PRODUCT[chip]], "mma": ["mma.sync"], "none": []}[wanted]
     if found != expected:
-        yield f"multiplies with {' and '.join(found) or 'no matrix instruction'}, not {expected or 'without'}"
+        used, said = (" and ".join(names) or "no matrix instruction" for names in (found, expected))
+        yield f"multiplies with {used}, not {said}"
 
 
 def products(ptx: str) -> list[str]:
@@ -159,7 +164,7 @@ def check(primitives: Iterable[str] = (), chips: Iterable[int] = tuple(SHARED_LI
         for chip in sorted(set(chips) & set(entry.chips)):
             for dtype in entry.dtypes:
                 done = compile_one(entry, chip, dtype)
-                rows.append({"primitive": primitive, **vars(done)})
+                rows.append({"primitive": primitive, **vars(done), "ok": not done.problems})
                 print(f"{'FAILED' if done.problems else 'ok':6} sm_{chip:<3} {dtype:4} {primitive} {entry.label}: "
                       f"{done.registers} registers, {done.spilled} spilled, {done.shared} shared, {done.products}"
                       + "".join(f"; {problem}" for problem in done.problems), flush=True)  # fmt: skip

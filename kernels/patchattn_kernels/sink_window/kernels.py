@@ -34,15 +34,15 @@ class Tiles(NamedTuple):
 PREFILL = {
     (16, 128): Tiles(128, 64, 8, 3),
     (16, 256): Tiles(64, 32, 8, 2),
-    (32, 128): Tiles(32, 32, 4, 2),
-    (32, 256): Tiles(16, 32, 4, 1),
+    (32, 128): Tiles(16, 32, 4, 1),
+    (32, 256): Tiles(16, 16, 4, 1),
 }
 PREFILL_AMPERE = PREFILL | {(16, 128): Tiles(128, 32, 8, 3)}  # 64 keys would spill there
 BACKWARD = {
     (16, 128): Tiles(64, 64, 8, 2),
     (16, 256): Tiles(64, 32, 8, 1),
-    (32, 128): Tiles(32, 32, 8, 1),
-    (32, 256): Tiles(16, 16, 4, 1),
+    (32, 128): Tiles(16, 16, 4, 1),
+    (32, 256): Tiles(16, 16, 8, 1),
 }
 DECODE = {
     (16, 128): Tiles(16, 64, 4, 4),
