@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
+from patchattn_kernels.sink_window import Tier
+
 from . import _compat
 
 
@@ -110,29 +112,40 @@ class PatchCacheLayer(CacheLayerMixin):
 class TwoTierLayer(PatchCacheLayer):
     """Some heads keep every key, the others only the first `sink` and the last `recent` real tokens of a row.
 
-    The streaming tier is a ring: slot `rank` for a sink, slot `sink + (rank - sink) % recent` for the rest, where
-    the rank of a token is its place among the real tokens of its row. So nothing is shifted, a row's padding
-    takes no room, and the rank in every slot follows from the row's `count` alone.
+    The streaming tier is a ring of `recent + slack` slots after those of the sinks: a token's slot is its rank if it
+    is a sink, else `sink + (rank - sink) % ring`, where the rank is its place among the real tokens of its row. So
+    nothing is shifted, a row's padding takes no room, and the rank in every slot follows from the row's `count`.
 
     Attributes:
+        slack: tokens that may be given back (`crop`) once the ring has dropped some.
         full: transformers' own layer with the keys of the full heads `[B, G_full, S, D]`, or None.
-        ring_keys, ring_values: `[B, G_streaming, sink + recent, D]`, None before the first token.
+        ring_keys, ring_values: `[B, G_streaming, sink + recent + slack, D]`, None before the first token.
+        lost_keys, lost_values: `[B, G_streaming, D]` in float32, sums over the tokens that have left the ring; None
+            unless `sums`.
         count: `[B]`, real tokens seen by each row.
+        peak: `[B]`, the most it has been, once tokens were given back.
     """
 
-    tensors = ("ring_keys", "ring_values", "count")
+    tensors = ("ring_keys", "ring_values", "lost_keys", "lost_values", "count", "peak")
 
-    def __init__(self, full: bool, sink: int, recent: int, static_length: int | None = None) -> None:
+    def __init__(
+        self, full: bool, sink: int, recent: int, static_length: int | None = None, slack: int = 0, sums: bool = False
+    ) -> None:
         super().__init__()
-        self.sink, self.recent = sink, recent
+        self.sink, self.recent, self.slack, self.sums = sink, recent, slack, sums
+        self.ring = recent + slack
         self.static_length = self.max_cache_len = static_length
         self.is_compileable = static_length is not None
+        self.is_croppable = static_length is None
         self.full: Any = None
         if full:
             self.full = DynamicLayer() if static_length is None else StaticLayer(static_length)
         self.ring_keys: Tensor | None = None
         self.ring_values: Tensor | None = None
+        self.lost_keys: Tensor | None = None
+        self.lost_values: Tensor | None = None
         self.count: Tensor | None = None
+        self.peak: Tensor | None = None
         if static_length is not None:
             self.seen = torch.zeros((), dtype=torch.long)
 
@@ -153,26 +166,42 @@ class TwoTierLayer(PatchCacheLayer):
     get_max_cache_shape = get_max_length
 
     def ranks(self, count: Tensor | None = None) -> Tensor:
-        """`[B, sink + recent]`, the rank of the token in each slot after `count` tokens; -1 where there is none."""
+        """`[B, slots]`, the rank of the token in each slot after `count` tokens; -1 where there is none."""
         last = (self.count if count is None else count)[:, None] - 1  # type: ignore[index]
-        slot = torch.arange(self.sink + self.recent, device=last.device)[None]
-        rank = torch.where(slot < self.sink, slot, last - (last - slot) % self.recent)
+        slot = torch.arange(self.sink + self.ring, device=last.device)[None]
+        rank = torch.where(slot < self.sink, slot, last - (last - slot) % self.ring)
         valid = (rank <= last) & ((slot < self.sink) | (rank >= self.sink))
+        if self.peak is not None:  # tokens that were given back had overwritten others
+            valid = valid & ((slot < self.sink) | (rank >= self.peak[:, None] - self.ring))
         return rank.where(valid, -1)
 
-    def past(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Keys, values and ranks of the streaming tier, or None before the first token."""
-        if self.ring_keys is None or self.ring_values is None:
+    def past(self) -> Tier | None:
+        """What later queries of the streaming heads may read, or None before the first token."""
+        if self.ring_keys is None or self.ring_values is None or self.count is None:
             return None
-        return self.ring_keys, self.ring_values, self.ranks()
+        rank = self.ranks()
+        if self.slack:
+            rank = rank.where((rank < self.sink) | (rank >= self.count[:, None] - self.recent), -1)
+        return Tier(self.ring_keys, self.ring_values, rank)
+
+    @property
+    def lost(self) -> tuple[Tensor, Tensor] | None:
+        """`lost_keys` and `lost_values`, or None before the first token."""
+        return None if self.lost_keys is None or self.lost_values is None else (self.lost_keys, self.lost_values)
 
     def write(self, k: Tensor, v: Tensor, new: Tensor) -> None:
         """Take up streaming keys and values `[B, G, T, D]`, of which the last `new` `[B]` of each row are real."""
         assert self.count is not None
         if self.ring_keys is None or self.ring_values is None:
-            shape = (k.shape[0], k.shape[1], self.sink + self.recent)
+            shape = (k.shape[0], k.shape[1], self.sink + self.ring)
             self.ring_keys, self.ring_values = k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3])
+            if self.sums:
+                self.lost_keys, self.lost_values = (
+                    torch.zeros(*shape[:2], x.shape[3], dtype=torch.float32, device=x.device) for x in (k, v)
+                )
         count = self.count + new
+        if self.sums:
+            self._add_lost(k, v, count)
         if k.shape[2] == 1 and not torch.is_grad_enabled():
             self._write_one(k, v, new)
         else:
@@ -182,6 +211,8 @@ class TwoTierLayer(PatchCacheLayer):
             for name, x in (("ring_keys", k), ("ring_values", v)):
                 there = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
                 setattr(self, name, torch.where(taken, there, getattr(self, name)))
+        if self.peak is not None:
+            self.peak = torch.maximum(self.peak, count)
         if self.static_length is not None:
             self.count.copy_(count)
         else:
@@ -189,11 +220,27 @@ class TwoTierLayer(PatchCacheLayer):
 
     def _write_one(self, k: Tensor, v: Tensor, new: Tensor) -> None:
         assert self.count is not None and self.ring_keys is not None and self.ring_values is not None
-        slot = torch.where(self.count < self.sink, self.count, self.sink + (self.count - self.sink) % self.recent)
+        slot = torch.where(self.count < self.sink, self.count, self.sink + (self.count - self.sink) % self.ring)
         index, real = slot[:, None, None, None], (new > 0)[:, None, None, None]
         for ring, x in ((self.ring_keys, k), (self.ring_values, v)):
             there = index.expand(-1, x.shape[1], 1, x.shape[3])
             ring.scatter_(2, there, torch.where(real, x, ring.gather(2, there)))
+
+    def _add_lost(self, k: Tensor, v: Tensor, count: Tensor) -> None:
+        """Sum up what leaves the ring when a row has `count` tokens: of its slots, and of the new tokens themselves."""
+        assert self.count is not None and self.ring_keys is not None and self.ring_values is not None
+        held, length = self.ranks(), k.shape[2]
+        rank = torch.arange(length, device=k.device) - length + count[:, None]  # [B, T]
+        rank = rank.where(rank >= self.count[:, None], -1)
+        leaves, skipped = ((r >= self.sink) & (r < count[:, None] - self.ring) for r in (held, rank))
+        for name, ring, x in (("lost_keys", self.ring_keys, k), ("lost_values", self.ring_values, v)):
+            gone = torch.einsum("bs,bgsd->bgd", leaves.float(), ring.float())
+            gone = gone + torch.einsum("bt,bgtd->bgd", skipped.float(), x.float())
+            before = getattr(self, name)
+            if self.static_length is None:
+                setattr(self, name, before + gone)
+            else:
+                before.add_(gone)  # a compiled decode step keeps its addresses
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -228,20 +275,22 @@ class TwoTierLayer(PatchCacheLayer):
             self.full.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Give tokens back, which is exact until a streaming head has dropped one."""
+        """Give tokens back: any number until a streaming head has dropped one, and then up to `slack` of them."""
         removed = _compat.tokens_to_remove(tokens_to_remove, int(self.seen))
         if removed == 0:
             return
         if self.static_length is not None:
             raise RuntimeError("a static cache cannot give tokens back (crop)")
-        if self.count is not None and int(self.count.max()) > self.sink + self.recent:
-            raise RuntimeError(
-                f"cannot give back {removed} tokens: the streaming heads have already dropped tokens beyond "
-                f"sink + recent = {self.sink + self.recent}; use a larger window, or decode without an assistant"
-            )
+        if self.count is not None and self.ring_keys is not None:
+            count, peak = self.count - removed, self.count if self.peak is None else self.peak
+            if bool(((peak > self.sink + self.ring) & (peak - count > self.slack)).any()):
+                raise RuntimeError(
+                    f"cannot give back {removed} tokens: the streaming heads have already dropped tokens beyond sink + "
+                    f"recent + slack = {self.sink + self.ring}, and then no more than slack = {self.slack} may be "
+                    "given back; patch with a slack of at least as many tokens as an assistant proposes at once"
+                )
+            self.count, self.peak = count, peak
         self.seen -= removed
-        if self.count is not None:
-            self.count = self.count - removed
         if self.full is not None and self.full.is_initialized:
             self.full.keys = self.full.keys[:, :, :-removed]
             self.full.values = self.full.values[:, :, :-removed]

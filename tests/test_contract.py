@@ -11,6 +11,14 @@ METHODS = builtin_names()  # and not what other tests have registered in this pr
 VARIANTS = {
     "gated_attention-elementwise": ("gated_attention", {"kind": "elementwise", "init": "open", "bias": True}),
     "duo_attention-all-streaming": ("duo_attention", {"heads": 0.0, "sink": 1, "recent": 3}),
+    "duo_attention-cache-positions": (
+        "duo_attention",
+        {"heads": 0.5, "sink": 2, "recent": 5, "positions": "cache", "slack": 2},
+    ),
+    "duo_attention-compensation": (
+        "duo_attention",
+        {"heads": 0.5, "sink": 2, "recent": 5, "compensation": True, "slack": 3},
+    ),
 }
 
 

@@ -37,8 +37,9 @@ def masked_attention(
     """Softmax attention of `q` `[B, H, T, D]` over `k`, `v` `[B, G, S, D]`, with H a multiple of G.
 
     Args:
-        keep: True where a query may read a key, broadcastable to `[B, 1, T, S]`; or a function that makes the
-            rows `[first, last)` of it, so that long inputs are masked block by block. None reads every key.
+        keep: True where a query may read a key, broadcastable to `[B, 1, T, S]`, or numbers to add to the scores,
+            -inf where it may not; or a function that makes the rows `[first, last)` of either, so that long inputs
+            are masked block by block. None reads every key.
         causal: read keys up to the query's own place (T = S, no `keep`).
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[H]`, one extra logit a head that takes weight and gives no value.
@@ -55,7 +56,8 @@ def masked_attention(
             for first, last in query_blocks(q.shape[2], k.shape[2])
         ]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-    if softcap is not None or sinks is not None:
+    added = keep is not None and keep.dtype != torch.bool
+    if softcap is not None or sinks is not None or added:
         return _weighted_sum(q, k, v, keep, causal=causal, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
     if q.shape[2] == 1 and q.shape[1] != k.shape[1]:
         # One token: the query heads of a group become rows, so that no key is repeated.
@@ -80,7 +82,7 @@ def _weighted_sum(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """The same by hand, for what SDPA cannot do: capped scores and sink logits."""
+    """The same by hand, for what SDPA cannot do: capped scores, sink logits, numbers more precise than the scores."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, T, S]
@@ -89,8 +91,10 @@ def _weighted_sum(
     if causal:
         keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = scores.float()
-    if keep is not None:
+    if keep is not None and keep.dtype == torch.bool:
         scores = scores.masked_fill(~keep, float("-inf"))
+    elif keep is not None:
+        scores = scores + keep
     if sinks is not None:
         logits = sinks.float().reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
         weights = torch.cat([scores, logits], dim=-1).softmax(dim=-1)[..., :-1]

@@ -110,6 +110,170 @@ def test_sliding_layers_keep_their_own_window():
         patchattn.patch(MistralForCausalLM(MistralConfig(**TEXT, sliding_window=7)), patchattn.DuoAttention())
 
 
+# ---- streaming heads: where keys stand, and what is left of those dropped -----------------------------------
+
+
+def spelled_out(ctx, method):
+    """Streaming heads by the papers' words, one query after the other: `[B, T, H, D]`."""
+    config, group = method.config, ctx.q.shape[1] // ctx.k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (ctx.k, ctx.v))
+    rows = []
+    for i in range(ctx.q.shape[2]):
+        kept = [j for j in range(i + 1) if j < config.sink or i - j < config.recent]
+        dropped = [j for j in range(i + 1) if j not in kept]
+        q, keys, values = ctx.q[:, :, i : i + 1], k[:, :, kept], v[:, :, kept]
+        if config.positions == "cache":
+            places = torch.arange(len(kept))[None]
+            q, keys = ctx.rotate(q, places[:, -1:]), ctx.rotate(keys, places)
+        weights = (q @ keys.mT * q.shape[-1] ** -0.5).exp()
+        total, out = weights.sum(-1, keepdim=True), weights @ values
+        if config.compensation and dropped:
+            mean_k, mean_v = (x[:, :, dropped].mean(dim=2, keepdim=True) for x in (k, v))
+            weight = len(dropped) * (q @ mean_k.mT * q.shape[-1] ** -0.5).exp()
+            total, out = total + weight, out + weight * mean_v
+        rows.append(out / total)
+    return torch.cat(rows, dim=2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"positions": "cache"},
+        {"positions": "cache", "sink": 0},
+        {"compensation": True},
+        {"compensation": True, "slack": 4},
+        {"compensation": True, "sink": 0},
+    ],
+)
+def test_streaming_heads_compute_what_the_papers_say_in_a_prompt_and_token_by_token(fields):
+    model = patchattn.patch(llama(), patchattn.DuoAttention(**{"heads": 0, "sink": 2, "recent": 5, **fields}))
+    ids, seen = tokens(), []
+
+    def compare(ctx):
+        out = ctx.attend()
+        torch.testing.assert_close(out, spelled_out(ctx, ctx.attachment.methods[0]), atol=1e-5, rtol=1e-5)
+        seen.append(ctx.layer_idx)
+        return out
+
+    with torch.no_grad():
+        with patchattn.living.watching(model, compare):
+            full = model(ids).logits
+        assert seen == [0, 1, 2]
+        cache = DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([11, *[1] * 12, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_with_cache_positions_no_place_exceeds_what_is_kept():
+    places = []
+    model = patchattn.patch(llama(), patchattn.DuoAttention(heads=0, sink=2, recent=5, positions="cache"))
+    original = model.model.rotary_emb.forward
+
+    def noting(x, position_ids):
+        places.append(int(position_ids.max()))
+        return original(x, position_ids)
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for part in tokens().split(1, dim=1):
+            model(part, past_key_values=cache)
+            places.clear()
+        model.model.rotary_emb.forward = noting
+        model(part, past_key_values=cache)
+    assert places[0] == 30 and max(places[1:]) == 6  # the first is the model's own, which nothing uses
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"positions": "relative"}, "positions is 'relative'; it must be one of 'absolute', 'cache'"),
+        ({"positions": "cache", "prefill": "chunked"}, "prefill is 'chunked'; it must be 'exact' where positions"),
+        ({"positions": "cache", "compensation": True}, "compensation is True; it must be False where positions"),
+        ({"compensation": True, "prefill": "chunked"}, "prefill is 'chunked'; it must be 'exact' where compensation"),
+        ({"compensation": 0.5}, "compensation is 0.5; it must be True or False"),
+        ({"slack": -1}, "slack is -1; it must be an integer of at least 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        patchattn.DuoAttention(**fields)
+
+
+def test_a_compensation_token_refuses_packed_sequences():
+    model = patchattn.patch(llama(), patchattn.DuoAttention(heads=0, sink=2, recent=5, compensation=True))
+    places = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1)
+    with pytest.raises(ValueError, match="does not say which tokens a compensation token is to stand for"):
+        model(tokens(), position_ids=places, use_cache=False)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "cache"])
+def test_packed_sequences_are_as_each_alone(positions):
+    model = patchattn.patch(llama(), patchattn.DuoAttention(heads=0.5, sink=2, recent=5, positions=positions))
+    ids = tokens(1)
+    places = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with torch.no_grad():
+        packed = model(ids, position_ids=places, use_cache=False).logits
+        alone = torch.cat([model(part, use_cache=False).logits for part in ids.split([12, 18], dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"positions": "cache"}, {"compensation": True}, {"prefill": "chunked"}])
+def test_up_to_slack_tokens_are_given_back_exactly_and_no_more(fields):
+    model = patchattn.patch(llama(), patchattn.DuoAttention(heads=0.5, sink=2, recent=5, slack=4, **fields))
+    ids = tokens()
+    wrong = (ids + 1) % 50 + 5
+    plain, cropped = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for cache in (plain, cropped):
+            model(ids[:, :17], past_key_values=cache)
+        for _ in range(2):  # a second time before what was given back has been written over
+            model(wrong[:, 17:21], past_key_values=cropped)
+            cropped.crop(-3)
+            model(wrong[:, 18:20], past_key_values=cropped)
+            cropped.crop(-3)
+        assert cropped.get_seq_length() == 17
+        for at in (17, 18, 19, 24):
+            part = ids[:, at : 30 if at == 24 else 24 if at == 19 else at + 1]
+            wanted, ours = (model(part, past_key_values=cache).logits for cache in (plain, cropped))
+            torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(RuntimeError, match=r"cannot give back 5 tokens: .* no more than slack = 4 may be given back"):
+        cropped.crop(-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"positions": "cache"}, {"compensation": True}])
+def test_assisted_decoding_with_slack_writes_what_the_model_writes_alone(fields):
+    model, assistant = llama(), llama(num_hidden_layers=1)
+    ids = tokens(1, 20)
+    options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    patchattn.patch(model, patchattn.DuoAttention(heads=0.5, sink=2, recent=5, slack=24, **fields))
+    wanted = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **options), wanted)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), wanted)
+
+
+@pytest.mark.parametrize(("slack", "compensation"), [(0, False), (4, False), (4, True)])
+def test_the_cache_holds_as_many_bytes_as_the_formula_says(slack, compensation):
+    pattern = [[1, 0], [0, 0], [1, 1]]
+    model = llama().bfloat16()
+    patchattn.patch(
+        model, patchattn.DuoAttention(heads=pattern, sink=2, recent=5, slack=slack, compensation=compensation)
+    )
+    cache, rows, length = DynamicCache(config=model.config), 2, 30
+    with torch.no_grad():
+        model(tokens(rows, length), past_key_values=cache)
+    full, streaming, size = 3, 3, model.config.head_dim
+    numbers = 2 * size * rows * (full * length + streaming * (2 + 5 + slack))
+    sums = 2 * size * rows * streaming * compensation
+    streaming_layers = 2
+    assert patchattn.cache_bytes(cache) == 2 * numbers + 4 * sums + 8 * rows * streaming_layers
+
+
+# ---- identification ---------------------------------------------------------------------------------------
+
+
 def test_identification_keeps_the_heads_that_matter_and_leaves_the_model_as_it_was():
     model = llama(num_hidden_layers=2)
     for layer in model.model.layers:  # the second KV head (query heads 2 and 3) reaches nobody
