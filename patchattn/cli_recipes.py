@@ -125,11 +125,12 @@ def _plan(recipe: Recipe) -> list[tuple[str, str]]:
     name = " + ".join(part for part in (model.name, model.vision) if part)
     new = "" if model.config is None else f"new {model.config.get('model_type', model.config.get('_class_name'))}"
     rows = [("model", f"{name or new}, {model.task}, {model.dtype}"), ("patch", _patch_text(recipe.patch))]
-    rows += _data_rows("data", recipe.data, tokens)
+    rows += _data_rows("data", recipe.data, recipe.data.length if tokens else None)
     for index, stage in enumerate(recipe.stages):
         rows.append((f"stage {index}", _stage_text(stage)))
         if stage.data is not None:
-            rows += _data_rows(f"stage {index} data", stage.data, tokens)
+            length = stage.length or stage.data.length
+            rows += _data_rows(f"stage {index} data", stage.data, length if tokens else None)
     limit = "" if recipe.budget.hours is None else f", stopping after {recipe.budget.hours:g} hours"
     return [*rows, ("output", recipe.output + limit)]
 
@@ -148,12 +149,12 @@ def _patch_text(what: Any) -> str:
     return "; ".join(texts)
 
 
-def _data_rows(part: str, data: DataSpec, tokens: bool) -> list[tuple[str, str]]:
+def _data_rows(part: str, data: DataSpec, length: int | None) -> list[tuple[str, str]]:
     total = sum(source.weight for source in data.train)
     shares = [f"{source.weight / total:.0%} " if len(data.train) > 1 else "" for source in data.train]
     texts = [share + _source_text(source) for share, source in zip(shares, data.train)]
-    if tokens:
-        texts.append(f"samples of {data.length:,} tokens" + (", packed" if data.packing else ""))
+    if length is not None:
+        texts.append(f"samples of {length:,} tokens" + (", packed" if data.packing else ""))
     if isinstance(data.held_out, float):
         held_out = f"{data.held_out:.2%} of it" if data.held_out else "none"
     else:

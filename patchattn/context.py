@@ -302,8 +302,8 @@ class AttentionContext:
         around = self.attachment.around or AttentionContext.attend
         if torch.compiler.is_compiling():
             return around(self)
-        self.attachment.kernels = ran = {}
-        with dispatch.recording(ran):
+        self.attachment.kernels = {}
+        with dispatch.recording(self.attachment.kernels):
             return around(self)
 
     def base(self) -> Tensor:
@@ -416,16 +416,19 @@ class AttentionContext:
 
 
 def first_token_mass(ctx: AttentionContext) -> Tensor:
-    """The softmax weight of each query on the first token of its row that is no padding: `[B, H, T]`."""
-    queries, keys = ctx.q.shape[2], ctx.k.shape[2]
-    padding = ctx.mask.padding
-    if padding is None:
-        first = torch.zeros(ctx.q.shape[0], dtype=torch.long, device=ctx.q.device)
-    else:
-        first = padding[:, :keys].int().argmax(dim=-1)
-    index = first[:, None, None, None].expand(-1, ctx.q.shape[1], -1, -1)
-    blocks = [
-        ctx.softmax_weights(start, stop).gather(-1, index.expand(-1, -1, stop - start, -1)).squeeze(-1)
-        for start, stop in query_blocks(queries, keys)
-    ]
+    """The softmax weight of each query on the first token of its sequence: `[B, H, T]`.
+
+    That is the first token that is no padding, and in packed rows the first that the query may read.
+    """
+    queries, keys, mask = ctx.q.shape[2], ctx.k.shape[2], ctx.mask
+    first = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=ctx.q.device)  # [B or 1, 1, T or 1, 1]
+    if mask.dense is not None:
+        first = mask.dense[:, :1].int().argmax(dim=-1, keepdim=True)
+    elif mask.padding is not None:
+        first = mask.padding[:, None, None, :keys].int().argmax(dim=-1, keepdim=True)
+    blocks = []
+    for start, stop in query_blocks(queries, keys):
+        weights = ctx.softmax_weights(start, stop)  # [B, H, t, S]
+        own = first[:, :, start:stop] if first.shape[2] > 1 else first
+        blocks.append(weights.gather(-1, own.expand(*weights.shape[:3], 1)).squeeze(-1))
     return torch.cat(blocks, dim=-1)

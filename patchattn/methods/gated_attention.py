@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..context import first_token_mass
 from ..method import Method, MethodConfig, register, runtime
 
 if TYPE_CHECKING:
@@ -66,8 +65,6 @@ class GatedAttention(Method):
             combine: "multiply" or "add", which adds the gate's value to the head ("auto" activation: "silu").
             bias: whether the gate has a bias.
             gate_penalty: weight, while training, of the mean gate: pushes gates to close.
-            sink_penalty: weight, while training, of the mean attention on each row's first token: pushes attention
-                off the sink, which the gates make dispensable. Needs the scores of all keys once more.
         """
 
         kind: str = "headwise"
@@ -78,7 +75,6 @@ class GatedAttention(Method):
         combine: str = "multiply"
         bias: bool = True
         gate_penalty: float = runtime(0.0)
-        sink_penalty: float = runtime(0.0)
 
         INITS: ClassVar[tuple[str, ...]] = ("identity", "open", "random")
 
@@ -101,8 +97,7 @@ class GatedAttention(Method):
                               "'sigmoid' or 'ns_sigmoid' with init='open'")  # fmt: skip
             if self.shared:
                 self._require(self.kind == "elementwise", "kind", "'elementwise' with shared=True")
-            for penalty in ("gate_penalty", "sink_penalty"):
-                self._require(getattr(self, penalty) >= 0, penalty, "0 or more")
+            self._require(self.gate_penalty >= 0, "gate_penalty", "0 or more")
             if self.static:
                 self._require(self.bias, "bias", "True with static=True, whose gate is the bias alone")
 
@@ -153,21 +148,14 @@ class GatedAttention(Method):
         gate = self.gate(ctx.hidden_states)
         if not torch.compiler.is_compiling():
             self._last_gate = gate.detach()
-        if self.training and (self.config.gate_penalty or self.config.sink_penalty):
-            self._note_penalties(ctx, gate)
+        if self.training and self.config.gate_penalty:
+            self._penalty = self.config.gate_penalty * gate.mean()
         mixed = out.float() * gate if self.config.combine == "multiply" else out.float() + gate
         return mixed.to(out.dtype)
 
-    def _note_penalties(self, ctx: AttentionContext, gate: Tensor) -> None:
-        self._penalties = {}
-        if self.config.gate_penalty:
-            self._penalties["gate"] = self.config.gate_penalty * gate.mean()
-        if self.config.sink_penalty:
-            self._penalties["sink"] = self.config.sink_penalty * first_token_mass(ctx).mean()
-
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        noted: dict[str, Tensor] = self.__dict__.pop("_penalties", {})
-        return noted
+        penalty = self.__dict__.pop("_penalty", None)
+        return {} if penalty is None else {"gate": penalty}
 
     def report(self) -> dict[str, Any]:
         gate = self.__dict__.get("_last_gate")

@@ -223,8 +223,10 @@ def _losses(path: str, stage: Any, recipe: Any) -> Found:
     for name, weight in stage.losses.items():
         if name not in schema.LOSS_TERMS:
             yield f"{path}.losses.{name}", f"unknown term; {choose(name, schema.LOSS_TERMS)}"
-        if weight < 0:
+        if weight < 0 and name != "sink":
             yield f"{path}.losses.{name}", f"{weight} is not allowed; a weight is at least 0"
+        if name == "sink" and weight and recipe.model.task not in ("causal-lm", "image-text"):
+            yield f"{path}.losses.sink", f"a first token draws attention in text, and the task is {recipe.model.task}"
     if stage.losses and not any(stage.losses.values()):
         yield f"{path}.losses", "every weight is 0; nothing would be learned"
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import duo
+from ..context import first_token_mass
 from ..living import disabled, watching
 from ..record import attachment_of, patch_of, record_of, root_of
 from .tasks import IGNORED
@@ -108,7 +109,9 @@ class EndToEnd:
         if self.hidden:
             inputs["output_hidden_states"] = True
         teacher = self._teach(inputs) if self.distils else None
-        outputs = model(**inputs)
+        sinks: list[Tensor] = []
+        with self._watching_sinks(sinks):
+            outputs = model(**inputs)
         prediction = self.task.prediction(outputs)
         terms = {}
         if self.weights.get("task"):
@@ -119,6 +122,8 @@ class EndToEnd:
                 terms["logits"] = self._divergence(prediction, self.task.prediction(teacher), chosen) * share
             if self.hidden:
                 terms["hidden"] = _error(outputs.hidden_states[-1], teacher.hidden_states[-1], chosen) * share
+        if sinks:
+            terms["sink"] = torch.stack(sinks).mean() * share
         if self.weights.get("auxiliary"):
             for name, values in self._auxiliary().items():
                 terms[name] = torch.stack(values).mean() * share * self.weights["auxiliary"]
@@ -127,6 +132,17 @@ class EndToEnd:
     def size(self, batch: Batch) -> int:
         """What a batch's mean is taken over: targets, or tokens where there is no task."""
         return max(1, self.task.count(batch) or 1) if self.weights.get("task") else self.task.size(batch)
+
+    def _watching_sinks(self, noted: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Note the mean attention on the first token of each layer; it is no part of the held-out loss."""
+        if not (self.weights.get("sink") and torch.is_grad_enabled()):
+            return contextlib.nullcontext()
+
+        def note(ctx: AttentionContext) -> Tensor:
+            noted.append(first_token_mass(ctx).mean())
+            return ctx.attend()
+
+        return watching(root_of(self.model), note)
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Any]) -> Any:

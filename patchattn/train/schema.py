@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 VERSION = 1
 TASKS = ("causal-lm", "image-text", "image-classification", "denoising")
-LOSS_TERMS = ("task", "logits", "hidden", "auxiliary")
+LOSS_TERMS = ("task", "logits", "hidden", "auxiliary", "sink")
 
 
 def setting(
@@ -166,7 +166,8 @@ class Trained(Stage):
 
     losses: dict[str, float] = setting(
         "weights of the terms: task (language model, classes, noise), logits and hidden (distilled from the base "
-        "model), auxiliary (what the methods add)", {}
+        "model), auxiliary (what the methods add), sink (mean attention on the first token of each sequence; less than "
+        "0 draws attention there)", {}
     )  # fmt: skip
     on: str | int = setting("tokens that are distilled: all, labelled, or a number: the last ones", "all")
     top_k: int | None = setting("distil the teacher's k likeliest tokens only", None, least=1)

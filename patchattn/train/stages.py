@@ -31,6 +31,7 @@ class Prepared:
 
     model: nn.Module  # the PeftModel in a LoRA stage, else the model itself
     objective: Objective
+    lent: bool = False  # the patch is there for this stage alone
 
 
 def prepare(model: nn.Module, stage: Stage, task: Task) -> Prepared:
@@ -39,9 +40,12 @@ def prepare(model: nn.Module, stage: Stage, task: Task) -> Prepared:
         patch(model, duo.HeadGates(sink=stage.sink, recent=stage.recent, teacher_branch=stage.teacher_branch))
         _in_full_precision(freeze_base(model))
         return Prepared(model, HeadSearch(model, task, stage))
+    lent = isinstance(stage, Trained) and bool(stage.losses.get("sink")) and patch_of(model) is None
+    if lent:  # attention weights are only seen where there is a patch
+        patch(model, "dense")
     if isinstance(stage, Lora):
         wrapped = _with_adapters(model, stage)
-        return Prepared(wrapped, EndToEnd(wrapped, task, stage))
+        return Prepared(wrapped, EndToEnd(wrapped, task, stage), lent)
     if isinstance(stage, AttentionTransfer):
         _require_parameters(model, stage)
         _in_full_precision(freeze_base(model))
@@ -51,7 +55,7 @@ def prepare(model: nn.Module, stage: Stage, task: Task) -> Prepared:
     if chosen == "patch":
         _require_parameters(model, stage)
     _let_learn(model, chosen, stage.kind)
-    return Prepared(model, EndToEnd(model, task, stage))
+    return Prepared(model, EndToEnd(model, task, stage), lent)
 
 
 def finish(prepared: Prepared, stage: Stage) -> tuple[nn.Module, Any]:
@@ -59,6 +63,8 @@ def finish(prepared: Prepared, stage: Stage) -> tuple[nn.Module, Any]:
     model = prepared.model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if prepared.lent:
+        unpatch(root_of(model))
     if isinstance(stage, Lora):
         wrapped: Any = model
         return (wrapped.merge_and_unload(), None) if stage.merge else (wrapped.get_base_model(), wrapped)

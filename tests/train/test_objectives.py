@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchattn
 from patchattn.method import Method, MethodConfig
-from patchattn.record import attachment_of, record_of
+from patchattn.record import attachment_of, patch_of, record_of
 from patchattn.train import schema
 from patchattn.train.objectives import EndToEnd, Transfer
 from patchattn.train.stages import finish, prepare
@@ -264,6 +264,23 @@ def test_auxiliary_losses_of_the_methods_are_averaged_over_the_layers_and_weight
     wanted = nn.functional.cross_entropy(model(batch["input_ids"]).logits[:, :-1].flatten(0, 1),
                                          batch["labels"][:, 1:].flatten())  # fmt: skip
     torch.testing.assert_close(terms["task"], wanted)
+
+
+@pytest.mark.parametrize("stage", [schema.Tune, schema.Lora])
+def test_attention_on_the_first_token_can_be_drawn_or_driven_away_without_a_patch(stage: type[schema.Trained]):
+    model, batch = tiny(), rows()
+    names = [name for name, _ in model.named_parameters()]
+    weights = tiny(attn_implementation="eager")(batch["input_ids"], output_attentions=True).attentions
+    prepared = prepare(model, stage(steps=1, losses={"task": 1.0, "sink": -0.5}), Task())
+    terms = prepared.objective(prepared.model, batch, 1.0, 20, None)
+    wanted = -0.5 * torch.stack([layer[..., 0].mean() for layer in weights]).mean()
+    torch.testing.assert_close(terms["sink"], wanted)
+    assert terms["sink"].requires_grad
+    with torch.no_grad():
+        assert set(prepared.objective(prepared.model, batch, 1.0, 20, None)) == {"task"}  # the held-out loss
+    left, _ = finish(prepared, stage(steps=1))
+    assert left is model and patch_of(model) is None
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 # ---- what learns -------------------------------------------------------------------------------------------
