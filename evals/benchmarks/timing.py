@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 
@@ -25,6 +26,25 @@ def paired(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) ->
             sides[name]()
             wait()
             seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def on_gpu(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side on a GPU, round by round, in ABBA order: the median of many launches each.
+
+    Replayed from a CUDA graph where a side takes less than 50 microseconds, as launching would be all that is timed.
+    """
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    def once(run: Callable[[], Any]) -> float:
+        found = do_bench(run, warmup=50, rep=200, return_mode="median")
+        return (do_bench_cudagraph(run, rep=200, return_mode="median") if found < 0.05 else found) / 1e3
+
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    for index in range(rounds):
+        for name in order if index % 2 == 0 else reversed(order):
+            seconds[name].append(once(sides[name]))
     return seconds
 
 
@@ -56,9 +76,27 @@ def machine() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "transformers": transformers.__version__,
         "patchattn": f"{patchattn.__version__} ({commit or 'no commit'})",
+        **_clocks(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _clocks() -> dict[str, str]:
+    """Clock, power and temperature of the GPU now; read, never set."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv,noheader"]
+    try:
+        return {"gpu now": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 def processor() -> str:

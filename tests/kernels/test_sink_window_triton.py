@@ -40,7 +40,7 @@ def small_tiles(monkeypatch):
     from patchattn_kernels.sink_window import kernels
 
     small = kernels.Tiles(16, 16, 4, 1)
-    for name in ("PREFILL", "BACKWARD", "DECODE"):
+    for name in ("PREFILL", "DECODE", "QUERIES", "KEYS"):
         monkeypatch.setattr(kernels, name, dict.fromkeys(getattr(kernels, name), small))
     monkeypatch.setattr(kernels, "FAR_QUERIES", 8)
     return kernels
@@ -102,6 +102,21 @@ def test_what_the_kernel_cannot_do_is_left_to_torch_or_refused(options, message)
     assert sink_window(q, k, v, sink=1, recent=2, **options).requires_grad
     with backend("triton"), pytest.raises(RuntimeError, match=message):
         sink_window(q, k, v, sink=1, recent=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "trains", "message"),
+    [
+        (136, torch.float32, False, "no heads of size 136 in float32"),
+        (264, torch.bfloat16, False, "no heads of size 264 in bfloat16"),
+        (136, torch.bfloat16, True, "no gradient for heads of size 136"),
+    ],
+)
+def test_heads_too_large_for_the_registers_are_left_to_torch(size, dtype, trains, message):
+    q, k, v = (torch.randn(1, 1, 4, size, dtype=dtype, requires_grad=trains) for _ in range(3))
+    assert sink_window(q, k, v, sink=1, recent=2).requires_grad == trains
+    with backend("triton"), pytest.raises(RuntimeError, match=message):
+        sink_window(q, k, v, sink=1, recent=2)
 
 
 def test_values_of_another_size_are_left_to_torch():

@@ -65,8 +65,10 @@ def sink_window(
                                    chunked=chunked, scale=scale, softcap=softcap, sinks=sinks)  # fmt: skip
     given = [q, k, v, sinks, *(past or ()), *(full or ())]
     unsupported = _unsupported(q, [v, *(tier.values for tier in (past, full) if tier)], dropout)
-    if (past is not None or full is not None) and _trains(given):
+    if _trains(given) and not (past is None and full is None):
         unsupported = "gradient over a cache"
+    elif _trains(given) and q.shape[-1] > 128:
+        unsupported = f"gradient for heads of size {q.shape[-1]}"
     if use_triton("sink_window", *given, unsupported=unsupported):
         if chunked:
             sink, recent = 0, EVERYTHING
@@ -134,8 +136,8 @@ def _trains(tensors: Sequence[Tensor | None]) -> bool:
 def _unsupported(q: Tensor, values: Sequence[Tensor], dropout: float) -> str | None:
     if dropout:
         return "dropout"
-    if q.shape[-1] > 256:
-        return f"heads of size {q.shape[-1]}"
+    if q.shape[-1] > (128 if q.dtype == torch.float32 else 256):
+        return f"heads of size {q.shape[-1]} in {str(q.dtype).removeprefix('torch.')}"
     if any(tensor.shape[-1] != q.shape[-1] for tensor in values):
         return "values of another size than the keys"
     return None

@@ -30,26 +30,12 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# By (bits of a number, largest head size). Float32 is multiplied in three parts, as exact as float32 itself.
-PREFILL = {
-    (16, 128): Tiles(128, 64, 8, 3),
-    (16, 256): Tiles(64, 32, 8, 2),
-    (32, 128): Tiles(16, 32, 4, 1),
-    (32, 256): Tiles(16, 16, 4, 1),
-}
+# By (bits of a number, largest head size). Float32 is multiplied in three parts, which keeps its precision.
+PREFILL = {(16, 128): Tiles(128, 64, 8, 3), (16, 256): Tiles(64, 32, 8, 2), (32, 128): Tiles(16, 32, 4, 1)}
 PREFILL_AMPERE = PREFILL | {(16, 128): Tiles(128, 32, 8, 3)}  # 64 keys would spill there
-BACKWARD = {
-    (16, 128): Tiles(64, 64, 8, 2),
-    (16, 256): Tiles(64, 32, 8, 1),
-    (32, 128): Tiles(16, 16, 4, 1),
-    (32, 256): Tiles(16, 16, 8, 1),
-}
-DECODE = {
-    (16, 128): Tiles(16, 64, 4, 4),
-    (16, 256): Tiles(16, 32, 4, 3),
-    (32, 128): Tiles(16, 32, 4, 3),
-    (32, 256): Tiles(16, 16, 4, 2),
-}
+DECODE = {(16, 128): Tiles(16, 64, 4, 4), (16, 256): Tiles(16, 32, 4, 3), (32, 128): Tiles(16, 32, 4, 3)}
+QUERIES = {(16, 128): Tiles(64, 64, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
+KEYS = {(16, 128): Tiles(32, 64, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
 MOST_SPLITS = 64  # pieces that the keys of a full head are cut into when it decodes
 FAR_QUERIES = 1024  # of those that read a sink from afar, as many as one program takes
 
@@ -83,9 +69,8 @@ def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def _visible(query_rank, key_rank, sink, recent):
-    """The rule of reference.py on a tile; negative ranks are padding."""
-    i, j = query_rank[:, None], key_rank[None, :]
+def _visible(i, j, sink, recent):
+    """The rule of reference.py on the ranks of queries i and keys j; negative ranks are padding."""
     return (j >= 0) & (j <= i) & ((j < sink) | (i - j < recent))
 
 
@@ -165,7 +150,9 @@ def prefill_kernel(
                     k = _load(past_k, there, stride_ps, columns, there < P, D, UPCAST)
                     v = _load(past_v, there, stride_ps, columns, there < P, D, UPCAST)
                     scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-                    scores = tl.where(_visible(query_rank, key_rank, sink, recent), scores, float("-inf"))
+                    scores = tl.where(
+                        _visible(query_rank[:, None], key_rank[None, :], sink, recent), scores, float("-inf")
+                    )
                     acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
 
     # The keys of this call, or for full heads of the whole cache; query t is key t + shift.
@@ -199,7 +186,7 @@ def prefill_kernel(
         k = _load(k_base, there, stride_s, columns, there < keys, D, UPCAST)
         v = _load(v_base, there, stride_s, columns, there < keys, D, UPCAST)
         scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-        scores = tl.where(_visible(query_rank, key_rank, sink, recent), scores, float("-inf"))
+        scores = tl.where(_visible(query_rank[:, None], key_rank[None, :], sink, recent), scores, float("-inf"))
         acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
     for tile in range(d, e):
         there = tile * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -337,10 +324,10 @@ def merge_kernel(
 
 @triton.jit
 def _differentiate(q, k, v, d_out, lse, delta, keep, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Weights of one tile, and the gradient of its scores before the scale."""
+    """Weights of one tile, and the gradient of its scores before the scale; both transposed if q, k and v, d_out are."""
     scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-    weights = tl.where(keep, tl.exp2(scores - lse[:, None]), 0.0)
-    d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    weights = tl.where(keep, tl.exp2(scores - lse), 0.0)
+    d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta)
     if SOFTCAP:
         capped = scores / (softcap * 1.4426950408889634)
         d_scores *= 1 - capped * capped
@@ -387,8 +374,10 @@ def queries_kernel(
         key_rank = tl.where((there >= pad) & (there < T), there + offset, -1)
         k = _load(k_base, there, stride_ks, columns, there < T, D, UPCAST)
         v = _load(v_base, there, stride_ks, columns, there < T, D, UPCAST)
-        keep = _visible(query_rank, key_rank, sink, recent)
-        _, d_scores = _differentiate(q, k, v, d_out, lse, delta, keep, scale, softcap, SOFTCAP, PRECISION)
+        keep = _visible(query_rank[:, None], key_rank[None, :], sink, recent)
+        _, d_scores = _differentiate(
+            q, k, v, d_out, lse[:, None], delta[:, None], keep, scale, softcap, SOFTCAP, PRECISION
+        )
         dq = tl.dot(d_scores.to(k.dtype), k, acc=dq, input_precision=PRECISION)
     _store(dq_ptr + here, rows, stride_ot, columns, rows < T, dq * scale, D)
 
@@ -446,10 +435,12 @@ def keys_kernel(
             lse = tl.load(lse_ptr + sums + rows, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + sums + rows, mask=inside, other=0.0)
             query_rank = tl.where((rows >= pad) & inside, rows + offset, -1)
-            keep = _visible(query_rank, key_rank, sink, recent)
-            weights, d_scores = _differentiate(q, k, v, d_out, lse, delta, keep, scale, softcap, SOFTCAP, PRECISION)
-            dv = tl.dot(tl.trans(weights.to(v.dtype)), d_out, acc=dv, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(d_scores.to(k.dtype)), q, acc=dk, input_precision=PRECISION)
+            keep = _visible(query_rank[None, :], key_rank[:, None], sink, recent)
+            weights, d_scores = _differentiate(
+                k, q, d_out, v, lse[None, :], delta[None, :], keep, scale, softcap, SOFTCAP, PRECISION
+            )  # [keys, queries], so that neither is turned over before the next product
+            dv = tl.dot(weights.to(v.dtype), d_out, acc=dv, input_precision=PRECISION)
+            dk = tl.dot(d_scores.to(k.dtype), q, acc=dk, input_precision=PRECISION)
     if number < 0:
         here = batch * stride_gb + kv_head * stride_gh
         _store(dk_ptr + here, there, stride_gs, columns, there < T, dk * scale, D)
@@ -542,15 +533,16 @@ def gradients(
     pads = None if rank is None else (rank < 0).sum(dim=1, dtype=torch.int32)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = torch.empty_like(lse)
-    tiles, options = _tiles(BACKWARD, q)
-    options |= dict(GROUP=heads // k.shape[1], SOFTCAP=softcap is not None)
     order, rank = _order(tuple(full_heads), q.device), _contiguous(rank)
     whole, cap = sum(full_heads), softcap or 1.0
     sides = (*q.stride()[:3], *k.stride()[:3], *out.stride()[:3])
+    tiles, options = _tiles(QUERIES, q)
+    kind = dict(GROUP=heads // k.shape[1], SOFTCAP=softcap is not None)
     queries_kernel[(triton.cdiv(length, tiles.queries), batch, heads)](
         q, k, v, out, d_out, lse, delta, dq, order, rank, pads, *sides,
-        length, whole, sink, recent, scale, cap, **options,
+        length, whole, sink, recent, scale, cap, **kind, **options,
     )  # fmt: skip
+    tiles, options = _tiles(KEYS, q)
     sink_tiles = 0 if whole == len(full_heads) or not sink else triton.cdiv(sink, tiles.keys) + 1
     chunks = max(0, length - recent) // FAR_QUERIES if sink_tiles else 0
     far = None
@@ -559,7 +551,7 @@ def gradients(
         far = torch.empty(shape, dtype=torch.float32, device=q.device)
     keys_kernel[(triton.cdiv(length, tiles.keys) + sink_tiles * chunks, batch, k.shape[1])](
         q, k, v, d_out, lse, delta, dk, dv, far, order, rank, pads, *sides, *dk.stride()[:3],
-        length, whole, sink, recent, chunks, scale, cap, **options,
+        length, whole, sink, recent, chunks, scale, cap, **kind, **options,
     )  # fmt: skip
     if far is not None:
         low = torch.zeros(batch, 1, dtype=torch.long, device=q.device)
@@ -657,8 +649,8 @@ def _static() -> Iterator[Compile]:
         ("prefill", prefill_kernel, PREFILL, own, later),
         ("prefill", prefill_kernel, PREFILL_AMPERE, own, ampere),
         ("decode", decode_kernel, DECODE, few, every),
-        ("dq", queries_kernel, BACKWARD, own, every),
-        ("dk dv", keys_kernel, BACKWARD, own, every),
+        ("dq", queries_kernel, QUERIES, own, every),
+        ("dk dv", keys_kernel, KEYS, own, every),
     ):
         for (bits, size), tiles in table.items():
             plain = kernel is prefill_kernel and (bits, size) == (16, 128)
