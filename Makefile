@@ -9,7 +9,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3.10 python3
 PROBE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $p -c '$(PROBE)' 2>/dev/null && echo $p)))
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo test test-slow check-kernels lint format clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -n 2
+
+# Compiled for three GPU generations; needs no GPU, and some minutes.
+check-kernels: setup
+	$(BIN)/python -m patchattn_kernels.check --static
 
 lint: setup
 	$(BIN)/ruff check .

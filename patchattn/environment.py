@@ -13,8 +13,8 @@ from . import __version__
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "peft", "lm_eval", "triton", "kernels", "safetensors",
             "huggingface_hub", "tokenizers", "numpy", "rich", "typer")  # fmt: skip
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PATCHATTN_GOLDEN",
-             "PATCHATTN_REAL_MODEL", "TRITON_INTERPRET")  # fmt: skip
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PATCHATTN_BACKEND",
+             "PATCHATTN_GOLDEN", "PATCHATTN_REAL_MODEL", "TRITON_INTERPRET")  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

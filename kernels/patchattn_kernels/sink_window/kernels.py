@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
 PREFILL = {(16, 128): Tiles(128, 64, 8, 3), (16, 256): Tiles(64, 32, 8, 2), (32, 128): Tiles(16, 32, 4, 1)}
 PREFILL_AMPERE = PREFILL | {(16, 128): Tiles(128, 32, 8, 3)}  # 64 keys would spill there
 DECODE = {(16, 128): Tiles(16, 64, 4, 4), (16, 256): Tiles(16, 32, 4, 3), (32, 128): Tiles(16, 32, 4, 3)}
-QUERIES = {(16, 128): Tiles(64, 64, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
+QUERIES = {(16, 128): Tiles(64, 32, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
 KEYS = {(16, 128): Tiles(32, 64, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
 MOST_SPLITS = 64  # pieces that the keys of a full head are cut into when it decodes
 FAR_QUERIES = 1024  # of those that read a sink from afar, as many as one program takes
@@ -324,7 +324,7 @@ def merge_kernel(
 
 @triton.jit
 def _differentiate(q, k, v, d_out, lse, delta, keep, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Weights of one tile, and the gradient of its scores before the scale; both transposed if q, k and v, d_out are."""
+    """Weights of a tile and gradient of its scores before the scale; transposed if q, k and v, d_out are swapped."""
     scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
     weights = tl.where(keep, tl.exp2(scores - lse), 0.0)
     d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta)
