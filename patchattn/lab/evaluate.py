@@ -13,7 +13,6 @@ from . import facts, load, names, path, recipe
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SEED = 1_000_003  # of generated questions: training draws its own from other seeds
 RECALL = {512: 0.95, 1024: None}  # tokens of a text that asks for something, and the share of answers to be right
 QUESTIONS = 64
 DRAWINGS = 10  # of each class
@@ -100,7 +99,7 @@ def _language(name: str, data: str | None) -> list[Number]:
     from ..loading import load_tokenizer
     from ..train.synthetic import make
     from .sources import BOOKS
-    from .text import bits_per_byte, read_texts, recall
+    from .text import TASK_SEED, bits_per_byte, head_facts, read_texts, recall
 
     model, tokenizer = load(name), load_tokenizer(name)
     what, goal = "bits per byte of text", 2.2
@@ -112,10 +111,15 @@ def _language(name: str, data: str | None) -> list[Number]:
         score = bits_per_byte(model, tokenizer, texts)
         where = f"{len(texts)} held-out texts, {score.bytes:,} bytes"
         numbers = [Number(name, what, score.bits_per_byte, goal, where, smaller=True)]
+        heads = head_facts(model, tokenizer, texts)
+        seen = {"first token": heads.first, "last 16 tokens": heads.local, "value asked for": heads.retrieval}
+        for place, layers in seen.items():
+            most = max(max(layer) for layer in layers)
+            numbers.append(Number(name, f"most attention of a head on the {place}", most, None, "rows of 512 tokens"))
     for length, share in RECALL.items():
-        passkey = recall(model, make("passkey", tokenizer, SEED), length=length, samples=QUESTIONS)
+        passkey = recall(model, make("passkey", tokenizer, TASK_SEED), length=length, samples=QUESTIONS)
         numbers.append(Number(name, "passkeys written", passkey.generated, share, _questions(length)))
-        pairs = recall(model, make("mqar", tokenizer, SEED, pairs=8), length=length, samples=QUESTIONS)
+        pairs = recall(model, make("mqar", tokenizer, TASK_SEED, pairs=8), length=length, samples=QUESTIONS)
         numbers.append(Number(name, "values of 8 pairs recalled", pairs.tokens, share, _questions(length)))
     return numbers
 

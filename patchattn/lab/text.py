@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..train.synthetic import IGNORED, Generator
+from ..train.synthetic import IGNORED, Generator, Sample, make
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,17 @@ class RecallScore:
 class HeadFacts:
     """What the heads of a model attend to, each array `[layers][heads]`, means over queries.
 
-    `first`: weight on the first token. `local`: weight on the last 16 tokens. `induction`: on random tokens that
-    are repeated, weight on the token that followed the same token before; heads that retrieve are near 1.
+    `first`: weight on the first token. `local`: weight on the last 16 tokens. `retrieval`: where a value is asked for
+    that was given before (`mqar`), weight on the places where it stands.
     """
 
     first: list[list[float]]
     local: list[list[float]]
-    induction: list[list[float]]
+    retrieval: list[list[float]]
 
 
 LOCAL = 16
+TASK_SEED = 1_000_003  # of generated questions: training draws its own from other seeds
 
 
 def read_texts(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -172,42 +173,45 @@ def _generated(model: Any, pairs: list[dict[str, list[int]]]) -> int:
 
 @torch.no_grad()
 def head_facts(model: Any, tokenizer: Any, texts: Iterable[str], *, length: int = 512, samples: int = 16) -> HeadFacts:
-    """What each head attends to, on text and on repeated random tokens.
+    """What each head attends to, on text and on questions.
 
     A model that is patched must have been loaded with `attn_implementation="eager"`: no other attention gives its
     weights.
     """
     start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    task = make("mqar", tokenizer, TASK_SEED, pairs=8)
     if len(ids) < length:
         raise ValueError(f"head_facts: the texts have {len(ids)} tokens; with length {length} they must have as many")
     places = torch.linspace(0, len(ids) - length, samples).long().tolist()
-    half = length // 2
-    random = torch.Generator().manual_seed(0)
-    words = torch.randint(len(tokenizer) // 4, len(tokenizer), (samples, half), generator=random).tolist()
     with evaluating(model), weighed(model):
-        text = _mean_weights(model, [start + ids[place : place + length - 1] for place in places])
-        repeated = _mean_weights(model, [start + row + row for row in words])
+        rows = [_weights(model, start + ids[place : place + length - 1]) for place in places]
+        asked = [_on_answers(model, task.sample(index, length)) for index in range(samples)]
+    text, retrieval = torch.stack(rows).mean(dim=0), torch.stack(asked).mean(dim=0)
     query = torch.arange(length)
     near = (query[:, None] - query[None, :] < LOCAL) & (query[:, None] >= query[None, :])
     far = query >= 2 * LOCAL  # queries for which the first token is not near
     first = text[..., far, 0].mean(dim=-1)
     local = (text * near).sum(dim=-1)[..., far].mean(dim=-1)
-    induction = torch.diagonal(repeated, offset=1 - half, dim1=-2, dim2=-1)[..., 2:].mean(dim=-1)
-    return HeadFacts(first.tolist(), local.tolist(), induction.tolist())
+    return HeadFacts(first.tolist(), local.tolist(), retrieval.tolist())
 
 
-def _mean_weights(model: Any, rows: list[list[int]]) -> Tensor:
-    """Attention weights, mean over the rows: `[layers, H, T, T]`."""
-    total: Tensor | float = 0.0
-    for row in rows:
-        out = model(input_ids=torch.tensor([row], device=model.device), use_cache=False, output_attentions=True)
-        if not out.attentions or any(weights is None for weights in out.attentions):
-            raise ValueError("head_facts: this model gives no attention weights; load it with "
-                             'attn_implementation="eager" before patching it')  # fmt: skip
-        total = total + torch.stack([weights[0].float().cpu() for weights in out.attentions])
-    assert isinstance(total, Tensor)
-    return total / len(rows)
+def _weights(model: Any, row: list[int]) -> Tensor:
+    """Attention weights on one row: `[layers, H, T, T]`."""
+    out = model(input_ids=torch.tensor([row], device=model.device), use_cache=False, output_attentions=True)
+    if not out.attentions or any(weights is None for weights in out.attentions):
+        raise ValueError("head_facts: this model gives no attention weights; load it with "
+                         'attn_implementation="eager" before patching it')  # fmt: skip
+    return torch.stack([weights[0].float().cpu() for weights in out.attentions])
+
+
+def _on_answers(model: Any, sample: Sample) -> Tensor:
+    """Weight on the earlier places of each answer's token, where it is to be said next: `[layers, H]`."""
+    weights, ids = _weights(model, sample["input_ids"]), torch.tensor(sample["input_ids"])
+    labels = torch.tensor(sample["labels"])
+    places = (labels != IGNORED).nonzero().flatten()
+    earlier = (ids[None, :] == ids[places, None]) & (torch.arange(len(ids)) < places[:, None])  # [answers, T]
+    return (weights[:, :, places - 1] * earlier).sum(dim=-1).mean(dim=-1)
 
 
 @contextmanager
