@@ -36,7 +36,8 @@ def prefill(
     from . import kernels
 
     past, full = _tier(past_k, past_v, past_rank), _tier(full_k, full_v, full_rank)
-    return kernels.prefill(q, k, v, rank, past, full, full_heads, sink, recent, scale, softcap, sinks)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
+        return kernels.prefill(q, k, v, rank, past, full, full_heads, sink, recent, scale, softcap, sinks)
 
 
 @prefill.register_fake
@@ -64,7 +65,8 @@ def gradients(
     """dq, dk, dv, and `sum(out * d_out)` of each row."""
     from . import kernels
 
-    return kernels.gradients(d_out, q, k, v, rank, out, lse, full_heads, sink, recent, scale, softcap)
+    with torch.cuda.device_of(q):
+        return kernels.gradients(d_out, q, k, v, rank, out, lse, full_heads, sink, recent, scale, softcap)
 
 
 @gradients.register_fake
@@ -115,7 +117,8 @@ def decode(
     from . import kernels
 
     kept, full = _tier(kept_k, kept_v, kept_rank), _tier(full_k, full_v, full_rank)
-    return kernels.decode(q, rank, kept, full, full_heads, sink, recent, scale, softcap, sinks)
+    with torch.cuda.device_of(q):
+        return kernels.decode(q, rank, kept, full, full_heads, sink, recent, scale, softcap, sinks)
 
 
 @decode.register_fake
