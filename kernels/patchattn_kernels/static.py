@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Shared memory that one program may use, in bytes.
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# Shared memory that one program may use, in bytes; for 8.0 that of 8.6 and 8.9, which run what is compiled for it.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # What each chip calls its own matrix product in PTX; mma.sync runs on all of them, at a fraction of the speed.
 OWN_PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DTYPES = ("bf16", "fp16", "fp32")

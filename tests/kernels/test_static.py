@@ -59,7 +59,7 @@ def test_the_command_exits_with_1_on_a_failure(monkeypatch, capsys):
 def test_memory_beyond_that_of_the_chip_is_a_problem():
     assert not list(static.problems(90, "none", 0, 232448, []))
     assert list(static.problems(80, "none", 0, 232448, [])) == [
-        "needs 232448 bytes of shared memory, of which there are 166912"
+        "needs 232448 bytes of shared memory, of which there are 101376"
     ]
 
 

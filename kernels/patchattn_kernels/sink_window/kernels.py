@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 # By (bits of a number, largest head size). Float32 is multiplied in three parts, which keeps its precision.
 PREFILL = {(16, 128): Tiles(128, 64, 8, 3), (16, 256): Tiles(64, 32, 8, 2), (32, 128): Tiles(16, 32, 4, 1)}
 PREFILL_AMPERE = PREFILL | {(16, 128): Tiles(128, 32, 8, 3)}  # 64 keys would spill there
-DECODE = {(16, 128): Tiles(16, 64, 4, 4), (16, 256): Tiles(16, 32, 4, 3), (32, 128): Tiles(16, 32, 4, 3)}
+DECODE = {(16, 128): Tiles(16, 64, 4, 3), (16, 256): Tiles(16, 32, 4, 3), (32, 128): Tiles(16, 32, 4, 3)}
 QUERIES = {(16, 128): Tiles(64, 32, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
 KEYS = {(16, 128): Tiles(32, 64, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
 MOST_SPLITS = 64  # pieces that the keys of a full head are cut into when it decodes
