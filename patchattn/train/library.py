@@ -32,9 +32,8 @@ def find(name: str) -> Path:
     """The file of a shipped recipe, or of an `accelerate launch` configuration."""
     wanted = name.removesuffix(".yaml")
     if wanted not in _all():
-        raise FileNotFoundError(
-            f"there is no file {name!r} and no shipped recipe of that name; {choose(wanted, _all())}"
-        )
+        known = configs() if wanted.startswith(f"{CONFIGS}/") else names()
+        raise FileNotFoundError(f"there is no file {name!r} and no shipped recipe of that name; {choose(wanted, known)}")
     return folder() / f"{wanted}.yaml"
 
 
