@@ -28,12 +28,13 @@ def configs() -> list[str]:
     return [name for name in _all() if name.startswith(f"{CONFIGS}/")]
 
 
-def find(name: str) -> Path:
+def find(name: str, configurations: bool = True) -> Path:
     """The file of a shipped recipe, or of an `accelerate launch` configuration."""
-    wanted = name.removesuffix(".yaml")
-    if wanted not in _all():
-        known = configs() if wanted.startswith(f"{CONFIGS}/") else names()
-        raise FileNotFoundError(f"there is no file {name!r} and no shipped recipe of that name; {choose(wanted, known)}")
+    wanted, known = name.removesuffix(".yaml"), _all() if configurations else names()
+    if wanted not in known:
+        raise FileNotFoundError(
+            f"there is no file {name!r} and no shipped recipe of that name; {choose(wanted, known)}"
+        )
     return folder() / f"{wanted}.yaml"
 
 

@@ -93,7 +93,7 @@ def _tree(path_or_name: str | Path, problems: Problems) -> Located | None:
     """The file as a tree of located values; None if it is no mapping."""
     path = Path(path_or_name)
     if not path.is_file():
-        path = library.find(str(path_or_name))
+        path = library.find(str(path_or_name), configurations=False)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     try:
         text = path.read_text(encoding="utf-8")
