@@ -256,9 +256,14 @@ class _Conversion:
             "run_name": f"{self.folder.name} {folder.name}",
             "use_cpu": not torch.accelerator.is_available(),
             # The Trainer writes it into the model's config, which is saved; batches say themselves that they need none.
-            "use_cache": bool(getattr(self.model.config, "use_cache", False)),
+            "use_cache": self._uses_cache(),
         }  # fmt: skip
         return arguments(folder, **{**ours, **given})
+
+    def _uses_cache(self) -> bool:
+        config = self.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return bool(getattr(config, "use_cache", False))
 
     def _length(self, stage: Stage) -> int:
         return stage.length or self._data_spec(stage).length
