@@ -19,6 +19,7 @@ import patchattn
 from patchattn import lab
 from patchattn.gates import GateStats, gate_stats
 from patchattn.lab.text import bits_per_byte, read_texts, recall
+from patchattn.record import patch_of
 from patchattn.train import synthetic
 
 LENGTH, ROWS = 512, 16
@@ -27,7 +28,7 @@ SEED = 1_000_003  # of questions that no training saw
 
 def opened(name: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(lab.resolve(name), dtype=torch.float32).eval()
-    if not hasattr(model.config, "patchattn"):
+    if patch_of(model) is None:
         patchattn.patch(model, patchattn.GatedAttention())  # the identity, so that the sink can be measured alike
     return model
 

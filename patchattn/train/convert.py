@@ -261,7 +261,7 @@ class _Conversion:
         return arguments(folder, **{**ours, **given})
 
     def _uses_cache(self) -> bool:
-        config = self.model.config
+        config: Any = self.model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         return bool(getattr(config, "use_cache", False))
 
