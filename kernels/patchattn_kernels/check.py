@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,9 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn_kernels.dispatch import INSTALLED, backend, recording
+from patchattn_kernels import static
+from patchattn_kernels.dispatch import INSTALLED, backend, interpreted, recording
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHIPS = tuple(static.SHARED_LIMIT)
 FLOOR = 2e-6  # relative error that is always allowed
 
 
@@ -71,7 +74,7 @@ def cases(primitives: Iterable[str] = ()) -> Iterator[tuple[str, Case]]:
 
 def available(device: str) -> tuple[str, ...]:
     """The backends that this machine has."""
-    triton = INSTALLED and (device.startswith("cuda") or os.environ.get("TRITON_INTERPRET") == "1")
+    triton = INSTALLED and (device.startswith("cuda") or interpreted())
     return ("torch", "triton") if triton else ("torch",)
 
 
@@ -169,20 +172,22 @@ def exact(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("primitives", nargs="*", help="check these alone")
-    parser.add_argument("--static", action="store_true", help="compile for sm_80, sm_90 and sm_100; needs no GPU")
+    parser.add_argument("--static", action="store_true", help="compile instead; needs no GPU")
+    parser.add_argument("--chips", type=int, nargs="+", choices=CHIPS, default=CHIPS, help="what to compile for")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write every row there")
     args = parser.parse_args()
+    if args.static == interpreted() and (args.static or args.device == "cpu"):
+        # Triton asks for TRITON_INTERPRET when it is imported, which torch may have done by now.
+        variables = os.environ | {"TRITON_INTERPRET": "0" if args.static else "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "patchattn_kernels.check", *sys.argv[1:]], env=variables
+        ).returncode
     if args.static:
-        os.environ.pop("TRITON_INTERPRET", None)
-        from patchattn_kernels import static
-
-        rows = static.check(args.primitives)
-        where = f"for {', '.join(f'sm_{chip}' for chip in static.SHARED_LIMIT)}"
+        rows = static.check(args.primitives, args.chips)
+        where = f"for {', '.join(f'sm_{chip}' for chip in args.chips)}"
     else:
-        if args.device == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first used
         rows = []
         for row in check(list(cases(args.primitives)), args.device, seeds=args.seeds):
             rows.append(row)

@@ -47,13 +47,30 @@ def test_the_command_exits_with_1_on_a_failure(monkeypatch, capsys):
     from patchattn_kernels import check
 
     row = {"ok": False}
-    monkeypatch.setattr(static, "check", lambda primitives: [row])
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(static, "check", lambda primitives, chips: [row])
+    monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(sys, "argv", ["check", "--static"])
     assert check.main() == 1
     assert "0 passed, 1 failed for sm_80, sm_90, sm_100" in capsys.readouterr().out
     row["ok"] = True
     assert check.main() == 0
+
+
+@pytest.mark.parametrize(("option", "before", "after"), [("--static", "1", "0"), ("--device=cpu", "0", "1")])
+def test_the_command_starts_again_where_triton_was_imported_otherwise(option, before, after, monkeypatch):
+    from patchattn_kernels import check
+
+    started = []
+
+    def run(command, env):
+        started.append((command[1:], env["TRITON_INTERPRET"]))
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    monkeypatch.setenv("TRITON_INTERPRET", before)
+    monkeypatch.setattr(sys, "argv", ["check", option])
+    assert check.main() == 7
+    assert started == [(["-m", "patchattn_kernels.check", option], after)]
 
 
 def test_memory_beyond_that_of_the_chip_is_a_problem():
