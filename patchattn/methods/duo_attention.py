@@ -288,11 +288,13 @@ class DuoAttention(Method):
         """
         start = self._shift(torch.where(rank >= 0, rank, torch.iinfo(rank.dtype).max).amin(dim=1, keepdim=True))
         options["scale"] = q.shape[3] ** -0.5 if ctx.scaling is None else ctx.scaling
+        size, pad = v.shape[3], torch.nn.functional.pad
         q, k = self._queries_by_place(ctx, q, rank, start), self._keys_by_place(ctx, k, rank, start)
         if past is not None:
             assert past.rank is not None
-            past = past._replace(keys=self._keys_by_place(ctx, past.keys, past.rank, start))
-        return sink_window(q, k, v, rank, past=past, **options)
+            keys = self._keys_by_place(ctx, past.keys, past.rank, start)
+            past = Tier(keys, pad(past.values, (0, k.shape[3] - size)), past.rank)
+        return sink_window(q, k, pad(v, (0, k.shape[3] - size)), rank, past=past, **options)[..., :size]
 
     def _shift(self, rank: Tensor) -> Tensor:
         """How many places nearer to the start a token stands in the cache of a query than in the text."""

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import patchattn
+import patchattn_kernels
 from patchattn import duo
 from patchattn.testing import TEXT, snapshot
 
@@ -215,6 +216,36 @@ def test_packed_sequences_are_as_each_alone(positions):
         packed = model(ids, position_ids=places, use_cache=False).logits
         alone = torch.cat([model(part, use_cache=False).logits for part in ids.split([12, 18], dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+INTERPRETED = [
+    {},
+    *(pytest.param(fields, marks=pytest.mark.slow) for fields in ({"prefill": "chunked"}, {"positions": "cache"})),
+]
+
+
+@pytest.mark.parametrize("fields", INTERPRETED)
+def test_the_triton_kernels_give_what_torch_gives(fields):
+    model = llama(num_hidden_layers=1, head_dim=16)
+    patchattn.patch(model, patchattn.DuoAttention(heads=0.5, sink=2, recent=5, slack=1, **fields))
+    ids, mask = tokens(2, 21), torch.ones(2, 21, dtype=torch.long)
+    mask[1, :4] = 0
+    found = {}
+    for backend in ("torch", "triton"):
+        cache, done, parts = DynamicCache(config=model.config), 0, []
+        with torch.no_grad(), patchattn_kernels.backend(backend):
+            for length in (13, 7, 1):
+                done += length
+                part = dict(input_ids=ids[:, done - length : done], attention_mask=mask[:, :done])
+                parts.append(model(**part, past_key_values=cache).logits)
+        found[backend] = torch.cat(parts, dim=1)[mask.bool()]
+    torch.testing.assert_close(found["triton"], found["torch"], atol=1e-5, rtol=0)
+
+
+def test_a_compensation_token_says_that_it_has_no_kernel():
+    model = patchattn.patch(llama(num_hidden_layers=1), patchattn.DuoAttention(sink=1, recent=2, compensation=True))
+    with patchattn_kernels.backend("triton"), pytest.raises(RuntimeError, match="its kernel has no compensation token"):
+        model(tokens())
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------

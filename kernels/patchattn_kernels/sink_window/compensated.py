@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..attention import masked_attention
+from ..dispatch import use_triton
 from .reference import QUERY_BLOCK, Tier, _first_tokens, visible
 
 
@@ -37,6 +38,7 @@ def compensated_sink_window(
         lost: sums `[B, G, D]`, float32, of the keys and of the values of earlier tokens that `past` does not hold.
         options: scale, softcap, sinks, dropout.
     """
+    use_triton("compensated_sink_window", q, k, v, unsupported="compensation token")
     queries, key_rank = q.shape[2], rank
     if past is not None:
         assert past.rank is not None
