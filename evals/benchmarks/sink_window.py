@@ -4,7 +4,8 @@
 
 "dense" is our own attention with every head full, "dense sdpa" torch's; every peer that is there runs in turn with them
 in one process. A side whose result is wrong is not timed. `floor` is the share of the keys that is read: what cannot be
-beaten where reading is all that counts. Exits 1 if a result is wrong, or over --limit.
+beaten where reading is all that counts. On a CPU the time is that of its processors, all threads together. Exits 1 if a
+result is wrong, or over --limit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -197,7 +199,10 @@ def measure(
                            "missing": missing, "floor": floor}  # fmt: skip
     if "ours" not in sides:
         return row
-    seconds = on_gpu(sides, args.rounds) if args.device.startswith("cuda") else paired(sides, args.rounds)
+    if args.device.startswith("cuda"):
+        seconds = on_gpu(sides, args.rounds)
+    else:
+        seconds = paired(sides, args.rounds, clock=time.process_time)
     row["ms"] = {name: {"median": statistics.median(values) * 1e3, "range": [min(values) * 1e3, max(values) * 1e3]}
                  for name, values in seconds.items()}  # fmt: skip
     fastest = min((name for name in seconds if name.startswith("dense")), key=lambda name: row["ms"][name]["median"])
