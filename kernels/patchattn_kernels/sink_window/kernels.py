@@ -235,19 +235,15 @@ def decode_kernel(
     # An absent tier is given as one of no tokens, with any pointer.
     slot = tl.where(is_full, place, place - full_heads).to(tl.int64)
     if is_full:
-        k_base, v_base = (
-            full_k_ptr + batch * stride_fb + slot * stride_fh,
-            full_v_ptr + batch * stride_fb + slot * stride_fh,
-        )
+        k_base = full_k_ptr + batch * stride_fb + slot * stride_fh
+        v_base = full_v_ptr + batch * stride_fb + slot * stride_fh
         size = tl.cdiv(tl.cdiv(S, splits), BLOCK_S) * BLOCK_S
         low = (piece % splits) * size
         high = tl.minimum(low + size, S)
         stride_s, sink, recent = stride_fs, 0, EVERYTHING
     else:
-        k_base, v_base = (
-            kept_k_ptr + batch * stride_pb + slot * stride_ph,
-            kept_v_ptr + batch * stride_pb + slot * stride_ph,
-        )
+        k_base = kept_k_ptr + batch * stride_pb + slot * stride_ph
+        v_base = kept_v_ptr + batch * stride_pb + slot * stride_ph
         low, high, stride_s = 0, P, stride_ps
 
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -273,20 +269,21 @@ def decode_kernel(
         scores = tl.where(keep[None, :], scores, float("-inf"))
         acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
 
-    if is_full & (splits > 1):
-        place_of_part = (batch * full_heads * splits + piece) * GROUP
-        _store(part_ptr + place_of_part * D, members, D, columns, members < GROUP, acc, D)
-        tl.store(sums_ptr + (place_of_part + members) * 2, row_max, mask=members < GROUP)
-        tl.store(sums_ptr + (place_of_part + members) * 2 + 1, row_sum, mask=members < GROUP)
-    else:
-        if sinks_ptr is not None:
-            logit = tl.load(sinks_ptr + heads, mask=members < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
-            new_max = tl.maximum(row_max, logit)
-            acc *= tl.exp2(row_max - new_max)[:, None]
-            row_sum = row_sum * tl.exp2(row_max - new_max) + tl.exp2(logit - new_max)
-        out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-        _store(out_ptr + batch * stride_ob + kv_head * GROUP * stride_oh, members, stride_oh, columns,
-               members < GROUP, out, D)  # fmt: skip
+    inside = members < GROUP
+    if part_ptr is not None:
+        pieced = members < tl.where(is_full, GROUP, 0)
+        part = (batch * full_heads * splits + piece) * GROUP
+        _store(part_ptr + part * D, members, D, columns, pieced, acc, D)
+        tl.store(sums_ptr + (part + members) * 2, row_max, mask=pieced)
+        tl.store(sums_ptr + (part + members) * 2 + 1, row_sum, mask=pieced)
+        inside = members < tl.where(is_full, 0, GROUP)
+    if sinks_ptr is not None:
+        logit = tl.load(sinks_ptr + heads, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        new_max = tl.maximum(row_max, logit)
+        acc *= tl.exp2(row_max - new_max)[:, None]
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.exp2(logit - new_max)
+    out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    _store(out_ptr + batch * stride_ob + kv_head * GROUP * stride_oh, members, stride_oh, columns, inside, out, D)
 
 
 @triton.jit(do_not_specialize=["full_heads", "splits"])
@@ -641,20 +638,19 @@ def _static() -> Iterator[Compile]:
     types |= {f"{name}_ptr": "*i32:16" for name in ("order", "pads", "full_ends")}
     types |= dict.fromkeys(strides, "i32:16") | dict.fromkeys(sizes, "i32")
     types |= dict(scale="fp32", softcap="fp32")
-    optional = {f"{name}_ptr" for name in ("sinks", "full_k", "full_v", "full_rank", "full_ends", "past_k", "past_v",
-                                           "past_rank")}  # fmt: skip
+    prompt = {"sinks", "rank", "pads", "full_k", "full_v", "full_rank", "full_ends", "past_k", "past_v", "past_rank"}
+    step = {"sinks", "full_rank", "part", "sums"}
     own, few = {"bf16": "own", "fp32": "mma"}, {"bf16": "mma", "fp32": "mma"}
     every, ampere, later = (80, 90, 100), (80,), (90, 100)
-    for label, kernel, table, products, chips in (
-        ("prefill", prefill_kernel, PREFILL, own, later),
-        ("prefill", prefill_kernel, PREFILL_AMPERE, own, ampere),
-        ("decode", decode_kernel, DECODE, few, every),
-        ("dq", queries_kernel, QUERIES, own, every),
-        ("dk dv", keys_kernel, KEYS, own, every),
+    for label, kernel, table, optional, products, chips in (
+        ("prefill", prefill_kernel, PREFILL, prompt, own, later),
+        ("prefill", prefill_kernel, PREFILL_AMPERE, prompt, own, ampere),
+        ("decode", decode_kernel, DECODE, step, few, every),
+        ("dq", queries_kernel, QUERIES, {"rank", "pads"}, own, every),
+        ("dk dv", keys_kernel, KEYS, {"rank", "pads", "far"}, own, every),
     ):
         for (bits, size), tiles in table.items():
-            plain = kernel is prefill_kernel and (bits, size) == (16, 128)
-            for absent in (set(), optional) if plain else (set(),):
+            for absent in (set(), {f"{name}_ptr" for name in optional}) if (bits, size) == (16, 128) else (set(),):
                 constants = dict(GROUP=4, D=size, BLOCK_D=size, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, UPCAST=False,
                                  EVERYTHING=EVERYTHING, SOFTCAP=not absent, PRECISION=_precision(bits))  # fmt: skip
                 names = kernel.arg_names
