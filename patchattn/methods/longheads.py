@@ -302,7 +302,7 @@ class ChunkLayer(PatchCacheLayer):
     def fetch(self, selected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values, and where among them the selected chunks are: all that is kept, or what is read of it."""
         if not self.offloaded:
-            return self.kept_keys, self.kept_values, selected
+            return self.kept_keys[:, :, :-1], self.kept_values[:, :, :-1], selected
         (rows, groups), stored = self.kept_keys.shape[:2], self.kept_keys.shape[2] // self.chunk
         chosen = selected.long().where(selected >= 0, stored).clamp(max=stored).reshape(rows, groups, -1)
         read = torch.zeros(rows, groups, stored + 1, dtype=torch.bool, device=selected.device).scatter_(2, chosen, True)

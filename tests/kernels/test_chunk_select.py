@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchattn_kernels import check
 from patchattn_kernels.chunk_select import chunk_attention, complete_chunks, select_chunks
 
 CHUNK, CHUNKS = 4, 5
@@ -203,3 +204,16 @@ def test_the_operators_are_registered_as_torch_wants_them():
         (q.detach(), random(2, 4, 5, 6), c["current"], CHUNKS, CHUNKS),
         test_utils=checks,
     )
+
+
+@pytest.mark.parametrize("case", [case for _, case in check.cases(["chunk_select"])], ids=lambda case: case.label)
+def test_both_backends_are_as_exact_as_torchs_own_arithmetic(case):
+    rows = list(check.check([("chunk_select", case)], "cpu", (torch.float32,)))
+    assert {row["backend"] for row in rows} == set(check.available("cpu"))
+    assert not [row for row in rows if not row["ok"]]
+
+
+def test_keys_that_end_one_past_a_chunk_are_read():
+    c = case(length=CHUNK * 7 + 1, queries=1)
+    wanted = spelled_out(c["q"], c["k"], c["v"], c["selected"], c["opened"], c["place"], 6**-0.5)
+    torch.testing.assert_close(attend(c), wanted, atol=2e-6, rtol=0)

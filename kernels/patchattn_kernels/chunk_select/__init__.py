@@ -22,6 +22,7 @@ from .reference import (
 __all__ = ["chunk_attention", "complete_chunks", "select_chunks"]
 
 NAME = "chunk_select"
+LARGEST_CHUNK = 1 << 16  # bytes of keys that the kernel of chunk keys holds at once
 
 
 @torch.no_grad()
@@ -130,7 +131,14 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def _complete(
     chunk_keys: Tensor, q: Tensor, k: Tensor, v: Tensor, before: Tensor, after: Tensor, chunk: int, scale: float
 ) -> None:
-    complete_chunks_reference(chunk_keys, q, k, v, before, after, chunk, scale)
+    large = chunk * k.shape[3] * k.element_size() > LARGEST_CHUNK
+    if use_triton(NAME, q, k, v, unsupported="room for such chunks" if large else None):
+        from .kernels import complete_chunks as in_triton
+
+        with torch.cuda.device_of(q):
+            in_triton(chunk_keys, q, k, v, before, after, chunk, scale)
+    else:
+        complete_chunks_reference(chunk_keys, q, k, v, before, after, chunk, scale)
 
 
 @torch.library.custom_op(
@@ -157,7 +165,11 @@ def _attend(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, selected: Tensor, opened: Tensor,
     sinks: Tensor | None, chunk: int, scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    use_triton(NAME, q, k, v, unsupported="Triton form")
+    if use_triton(NAME, q, k, v, unsupported="head sizes that differ" if k.shape[3] != v.shape[3] else None):
+        from .kernels import chunk_attention as in_triton
+
+        with torch.cuda.device_of(q):
+            return in_triton(q, turned, k, v, cos, sin, selected, opened, sinks, chunk, scale, softcap)
     return chunk_attention_reference(q, turned, k, v, cos, sin, selected, opened, sinks, chunk, scale, softcap)
 
 

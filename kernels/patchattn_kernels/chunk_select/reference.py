@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK_ELEMENTS = 1 << 22  # of the largest temporary tensor: scores, probabilities, turned queries
+BLOCK_ELEMENTS = 1 << 24  # of the largest temporary tensor: scores, probabilities, turned queries
 
 
 def complete_chunks_reference(
@@ -157,12 +157,12 @@ def _by_chunk(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Chunk after chunk, with all the queries that picked it; then each query joins its parts by their weights."""
     pairs = _Pairs(selected, opened, k.shape[1], k.shape[2], chunk)
-    queries = _turn(q, turned, cos, sin, pairs)
+    q, turned = (x.reshape(-1, x.shape[3]) for x in (q, turned))
     part = torch.zeros(selected.numel(), v.shape[3], device=q.device)
     weight = torch.full((selected.numel(),), float("-inf"), device=q.device)
     for b, g, tokens, some in pairs.chunks:
         keys, values = k[b, g, tokens].float(), v[b, g, tokens].float()
-        scores = _capped(queries[some] @ keys.mT * scale, softcap)
+        scores = _capped(_turn(q, turned, cos, sin, pairs, some) @ keys.mT * scale, softcap)
         scores = scores.masked_fill(pairs.hidden(some, len(keys)), float("-inf"))
         total = scores.logsumexp(dim=-1)
         weight[pairs.index[some]] = total
@@ -174,10 +174,10 @@ def _by_chunk(
     return (share.unsqueeze(-2) @ part.view(*selected.shape, -1)).squeeze(-2), total
 
 
-def _turn(q: Tensor, turned: Tensor, cos: Tensor, sin: Tensor, pairs: _Pairs) -> Tensor:
-    """The queries of the pairs, each turned on to its distance from the chunk: `[pairs, D]`, float32."""
-    straight, quarter = (x.reshape(-1, x.shape[3])[pairs.query].float() for x in (q, turned))
-    return straight * cos[pairs.step] + quarter * sin[pairs.step]
+def _turn(q: Tensor, turned: Tensor, cos: Tensor, sin: Tensor, pairs: _Pairs, some: slice) -> Tensor:
+    """The queries of some pairs, each turned on to its distance from the chunk: `[pairs, D]`, float32."""
+    query, step = pairs.query[some], pairs.step[some]
+    return q[query].float() * cos[step] + turned[query].float() * sin[step]
 
 
 def _logits(sinks: Tensor, weight: Tensor) -> Tensor:
@@ -199,26 +199,32 @@ def _one_token(
     readable = _readable(selected, steps, opened, chunk)[:, :, 0, :, None]
     step, chosen = steps[:, :, 0].clamp(min=0), selected[:, :, 0].clamp(min=0, max=k.shape[2] - 1)
     q = q.float() * cos[step] + turned.float() * sin[step]  # [B, H, n, D]
-    hidden = torch.arange(chunk, device=q.device) >= readable  # [B, H, n, chunk]
-    out, total = v.new_zeros(rows, heads, 1, v.shape[4], dtype=torch.float), q.new_empty(rows, heads, 1)
-    for b in range(rows):
-        for h in range(heads):
-            keys, values = (x[b, h // group].index_select(0, chosen[b, h]).float() for x in (k, v))  # [n, chunk, D]
-            scores = _capped((keys @ q[b, h, :, :, None]).squeeze(-1) * scale, softcap)
-            scores = scores.masked_fill(hidden[b, h], float("-inf")).flatten()
-            everything = scores if sinks is None else torch.cat([scores, sinks[h].float()[None]])
-            total[b, h, 0] = everything.logsumexp(dim=0)
-            weights = (scores - total[b, h].clamp(min=torch.finfo(torch.float).min)).exp()  # padding reads nothing
-            out[b, h, 0] = weights @ values.flatten(0, 1)
-    return out, total
+    # One head's chunks at a time, gathered to one place, which stays in the processor's cache.
+    gathered_k, gathered_v = (x.new_empty(chosen.shape[2], chunk, x.shape[4]) for x in (k, v))
+    pairs = [(b, h) for b in range(rows) for h in range(heads)]
+    products = []
+    for b, h in pairs:
+        torch.index_select(k[b, h // group], 0, chosen[b, h], out=gathered_k)
+        products.append(q[b, h, :, None] @ gathered_k.float().mT)
+    scores = _capped(torch.stack(products).view(rows, heads, -1, chunk) * scale, softcap)
+    hidden = torch.arange(chunk, device=q.device) >= readable
+    scores = scores.masked_fill(hidden, float("-inf")).flatten(2)  # [B, H, n * chunk]
+    everything = scores if sinks is None else torch.cat([scores, sinks.float()[:, None].expand(rows, -1, 1)], dim=-1)
+    total = everything.logsumexp(dim=-1, keepdim=True)
+    weights = (scores - total.clamp(min=torch.finfo(torch.float).min)).exp()  # padding reads nothing
+    out = []
+    for b, h in pairs:
+        torch.index_select(v[b, h // group], 0, chosen[b, h], out=gathered_v)
+        out.append(weights[b, h] @ gathered_v.float().flatten(0, 1))
+    return torch.stack(out).view(rows, heads, 1, -1), total
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """`[B, G, S, D]` as `[B, G, chunks, chunk, D]`; a view where S is a multiple of chunk, or one more."""
-    whole = x.shape[2] // chunk * chunk
-    if x.shape[2] - whole > 1:
-        x, whole = functional.pad(x, (0, 0, 0, whole + chunk - x.shape[2])), whole + chunk
-    return x[:, :, :whole].unflatten(2, (whole // chunk, chunk))
+    """`[B, G, S, D]` as `[B, G, chunks, chunk, D]`; a view where S is a multiple of chunk."""
+    count = -(-x.shape[2] // chunk)
+    if count * chunk > x.shape[2]:
+        x = functional.pad(x, (0, 0, 0, count * chunk - x.shape[2]))
+    return x.unflatten(2, (count, chunk))
 
 
 def chunk_attention_backward_reference(
@@ -244,25 +250,26 @@ def chunk_attention_backward_reference(
     for part in _blocks(selected, opened, q, turned, grad, out, total[..., None]):
         some_q, some_turned, upstream, mine, sums, chosen, readable = part
         pairs = _Pairs(chosen, readable, k.shape[1], k.shape[2], chunk)
-        queries = _turn(some_q, some_turned, cos, sin, pairs)
         upstream = upstream.float()
-        shift = (upstream * mine.float()).sum(dim=-1).flatten()[pairs.query, None]
-        upstream = upstream.reshape(-1, v.shape[3])[pairs.query]
-        sums = sums.reshape(-1, 1)[pairs.query]
-        grad_queries = torch.zeros_like(queries)
+        shift = (upstream * mine.float()).sum(dim=-1).reshape(-1, 1)
+        sums, upstream = sums.reshape(-1, 1), upstream.reshape(-1, v.shape[3])
+        straight, quarter = (torch.zeros(some_q.shape, device=q.device) for _ in "qt")
+        flat_q, flat_turned, flat_straight, flat_quarter = (
+            x.reshape(-1, q.shape[3]) for x in (some_q, some_turned, straight, quarter)
+        )
         for b, g, tokens, some in pairs.chunks:
+            query, step = pairs.query[some], pairs.step[some]
+            queries = _turn(flat_q, flat_turned, cos, sin, pairs, some)
             keys, values = k[b, g, tokens].float(), v[b, g, tokens].float()
-            scores = _capped(queries[some] @ keys.mT * scale, softcap)
-            weights = (scores - sums[some]).exp().masked_fill(pairs.hidden(some, len(keys)), 0.0)
-            change = weights * (upstream[some] @ values.mT - shift[some]) * scale
+            scores = _capped(queries @ keys.mT * scale, softcap)
+            weights = (scores - sums[query]).exp().masked_fill(pairs.hidden(some, len(keys)), 0.0)
+            change = weights * (upstream[query] @ values.mT - shift[query]) * scale
             if softcap is not None:
                 change = change * (1 - (scores / softcap).square())
-            grad_queries[some] = change @ keys
-            grad_k[b, g, tokens] += change.mT @ queries[some]
-            grad_v[b, g, tokens] += weights.mT @ upstream[some]
-        straight, quarter = (torch.zeros(some_q.shape, device=q.device) for _ in "qt")
-        straight.view(-1, q.shape[3]).index_add_(0, pairs.query, grad_queries * cos[pairs.step])
-        quarter.view(-1, q.shape[3]).index_add_(0, pairs.query, grad_queries * sin[pairs.step])
+            flat_straight.index_add_(0, query, change @ keys * cos[step])
+            flat_quarter.index_add_(0, query, change @ keys * sin[step])
+            grad_k[b, g, tokens] += change.mT @ queries
+            grad_v[b, g, tokens] += weights.mT @ upstream[query]
         found.append((straight, quarter))
     grad_q, grad_turned = (torch.cat(same, dim=2).to(q.dtype) for same in zip(*found, strict=True))
     gradients = [grad_q, grad_turned, grad_k.to(k.dtype), grad_v.to(v.dtype)]

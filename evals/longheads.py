@@ -1,0 +1,66 @@
+"""Passkeys in texts far beyond the trained length: a model as it is, and with LongHeads.
+
+    python evals/longheads.py [--model lab-llama] [--chunk 8] [--window 512] [--lengths 1024 8192]
+
+Each text hides a number of five digits and ends with the question for it. Counted are texts with every token of the
+answer the likeliest one, given the right tokens before it, and single tokens of the answers. Prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import patchattn
+from patchattn import lab
+from patchattn.loading import load_model
+from patchattn.train import synthetic
+from patchattn.train.synthetic import IGNORED
+
+
+@torch.inference_mode()
+def answered(model: Any, generator: Any, length: int, samples: int) -> tuple[float, float]:
+    """Shares of whole answers and of single tokens that are right; only the answer meets the vocabulary."""
+    whole = right = asked = 0
+    for index in range(samples):
+        sample = generator.sample(index, length)
+        ids, labels = (torch.tensor([sample[name]], device=model.device) for name in ("input_ids", "labels"))
+        places = labels[0, 1:] != IGNORED
+        states = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1][places]
+        hits = model.get_output_embeddings()(states).argmax(dim=-1) == labels[0, 1:][places]
+        whole, right, asked = whole + bool(hits.all()), right + int(hits.sum()), asked + len(hits)
+    return whole / samples, right / asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="lab-llama")
+    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--samples", type=int, default=16)
+    args = parser.parse_args()
+    folder = lab.resolve(args.model)
+    model = load_model(folder, dtype="float32").eval()
+    generator = synthetic.make("passkey", AutoTokenizer.from_pretrained(folder), 1)
+    print(
+        "| tokens | as it is: answers | tokens of answers | LongHeads: answers | tokens of answers | seconds a text |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for length in args.lengths:
+        plain = answered(model, generator, length, args.samples)
+        patchattn.patch(model, patchattn.LongHeads(chunk=args.chunk, window=args.window))
+        started = time.perf_counter()
+        ours = answered(model, generator, length, args.samples)
+        seconds = (time.perf_counter() - started) / args.samples
+        patchattn.unpatch(model)
+        row = " | ".join(f"{share:.0%}" for share in (*plain, *ours))
+        print(f"| {length} | {row} | {seconds:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
