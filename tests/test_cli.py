@@ -174,7 +174,7 @@ def test_methods_lists_the_registry(run):
     assert set(builtin_names()) <= {entry["name"] for entry in found}
     duo = next(entry for entry in found if entry["name"] == "duo_attention")
     assert duo["settings"]["sink"] == 64
-    assert duo["fits"] == ["decoder"]
+    assert duo["fits"] == ["decoder", "vision-language decoder"]
     assert all(name in run("methods")[1] for name in builtin_names())
 
 

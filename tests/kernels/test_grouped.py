@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchattn_kernels import grouped, masked_attention
+from patchattn_kernels import backend, check, grouped, masked_attention
+from patchattn_kernels.dispatch import recording
 from patchattn_kernels.grouped import (
     EPSILON,
     IMAGE,
@@ -186,3 +187,50 @@ def test_what_does_not_fit_together_is_refused(change, message):
     given = dict(zip(("q", "k", "v", "kinds", "images"), inputs(*SHAPES[0]), strict=True), rule=RULE)
     with pytest.raises(ValueError, match=message):
         grouped(**{**given, **change})
+
+
+# ---- Triton, in its interpreter ------------------------------------------------------------------------------
+
+QUICK = ("prompt B2 H4/2 T67 S67 D32", "gate B2 H2/1", "step B2 H4/2", "step B1 H4/2")  # the check runs all of them
+
+
+@pytest.mark.parametrize("case", [case for _, case in check.cases(["grouped"])], ids=lambda case: case.label)
+def test_both_backends_are_as_exact_as_torchs_own_arithmetic(case):
+    backends = ("torch", "triton") if case.label.startswith(QUICK) else ("torch",)
+    rows = list(check.check([("grouped", case)], "cpu", (torch.float32,), backends=backends))
+    assert {row["backend"] for row in rows} == set(backends)
+    assert not [row for row in rows if not row["ok"]]
+
+
+@pytest.mark.parametrize("queries", [45, 1])
+def test_the_kernels_change_the_same_rows(queries):
+    q, k, v, kinds, images = inputs(2, 4, 2, queries, 45, 16, 3)
+    wanted, rows = grouped(q, k, v, kinds, images, RULE, past=45 - queries)
+    ran = {}
+    with backend("triton"), recording(ran):
+        ours, moved = grouped(q, k, v, kinds, images, RULE, past=45 - queries)
+    assert ran == {"grouped": "triton"} and torch.equal(moved, rows)
+    torch.testing.assert_close(ours, wanted, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(softcap=3.0), "its kernel has no softcap"),
+        (dict(keep=lambda first, last: torch.ones(1, 1, last - first, 45, dtype=torch.bool)), "no mask drawn by hand"),
+        (dict(dropout=0.1), "no dropout"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_have_is_computed_by_torch_or_refused(change, message):
+    given = (*inputs(*SHAPES[0]), RULE)
+    assert grouped(*given, **change)[0].isfinite().all()
+    with backend("triton"), pytest.raises(RuntimeError, match=message):
+        grouped(*given, **change)
+
+
+def test_a_compiled_call_keeps_one_graph():
+    q, k, v, kinds, images = inputs(1, 2, 1, 20, 20, 16, 0)
+    compiled = torch.compile(lambda q: grouped(q, k, v, kinds, images, RULE)[0], fullgraph=True, backend="aot_eager")
+    with backend("triton"):
+        torch.testing.assert_close(compiled(q), grouped(q, k, v, kinds, images, RULE)[0])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from ..dispatch import use_triton
+from . import ops
 from .reference import EPSILON, IMAGE, IMAGE_SINK, PADDING, REST, TEXT_SINK, Rule, grouped_reference, redistribute
 
 __all__ = ["EPSILON", "IMAGE", "IMAGE_SINK", "PADDING", "REST", "TEXT_SINK", "Rule", "grouped", "redistribute"]
@@ -58,6 +61,10 @@ def grouped(
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"grouped: {q.shape[1]} query heads over {k.shape[1]} key/value heads; the first must be a "
                          "multiple of the second")  # fmt: skip
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gate))
+    unsupported = _unsupported(q, v, past, keep, softcap, sinks, dropout, trains)
+    if use_triton("grouped", q, k, v, kinds, images, gate, unsupported=unsupported):
+        return _by_kernel(q, k, v, kinds, images, rule, past, causal, gate, scale, trains)
     return grouped_reference(
         q,
         k,
@@ -74,3 +81,65 @@ def grouped(
         sinks=sinks,
         dropout=dropout,
     )
+
+
+def _by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kinds: Tensor | None,
+    images: Tensor | None,
+    rule: Rule | None,
+    past: int | Tensor,
+    causal: bool,
+    gate: Tensor | None,
+    scale: float | None,
+    trains: bool,
+) -> tuple[Tensor, Tensor | None]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    numbers = (0.0, 0.0, 0.0) if rule is None else (rule.recycle, 1 - rule.non_sink_min, rule.min_visual)
+    where = (past, 0) if isinstance(past, Tensor) else (None, past)
+    given = (
+        q,
+        k,
+        v,
+        kinds,
+        None if rule is None else images,
+        None if trains else gate,
+        *where,
+        causal,
+        scale,
+        *numbers,
+    )
+    if q.shape[2] == 1 and not trains:
+        out, gain = ops.decode(*given)
+    else:
+        out, _, gain = ops.forward(*given)
+    if trains and gate is not None:
+        out = (out * gate).to(q.dtype)
+    return out, None if rule is None else gain >= 0
+
+
+def _unsupported(
+    q: Tensor,
+    v: Tensor,
+    past: int | Tensor,
+    keep: object,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+    trains: bool,
+) -> str | None:
+    """What of this call the kernels do not have."""
+    for name, given in (("softcap", softcap), ("sink logits", sinks), ("mask drawn by hand", keep)):
+        if given is not None:
+            return name
+    if dropout:
+        return "dropout"
+    if trains and isinstance(past, Tensor):
+        return "gradient over a static cache"
+    if trains and q.dtype == torch.float32 and q.shape[-1] > 64:
+        return f"gradient in float32 for heads of size {q.shape[-1]}"
+    if q.shape[-1] > 128:
+        return f"heads of size {q.shape[-1]}"
+    return None if v.shape[-1] == q.shape[-1] else "values of another size than the keys"
