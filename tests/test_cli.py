@@ -316,7 +316,8 @@ def test_the_demo_passes_and_shows_every_method(run, small_demo):
     found = as_json(run("demo", "--tokens", "400", "--json"))
     assert found["passed"] and len(found["checks"]) == 4
     shown = {row["method"].partition(":")[0] for row in found["rows"]}
-    assert {"unpatched", *builtin_names()} <= shown
+    assert {"unpatched", *builtin_names()} - set(found["left_out"]) <= shown
+    assert list(found["left_out"]) == ["var"] and "no image token" in found["left_out"]["var"]
     rows = {row["method"]: row for row in found["rows"]}
     assert rows["dense"]["difference"] <= 1e-4
     assert rows["duo_attention"]["bytes"] < rows["dense"]["bytes"] == rows["unpatched"]["bytes"]
@@ -329,7 +330,7 @@ class Careless(method.Method):
     exact = True
 
     def forward(self, ctx):
-        return ctx.attend() + ctx.k.mean(dim=(1, 2))[:, None, None]
+        return ctx.attend() + 30 * ctx.k.mean(dim=(1, 2))[:, None, None]
 
 
 def test_the_demo_fails_with_a_method_that_is_wrong(run, small_demo, monkeypatch):

@@ -370,7 +370,7 @@ def test_the_model_card_says_what_it_is(tmp_path):
     for part in (
         'AutoModelForCausalLM.from_pretrained("someone/base", revision="a1")',
         "| gated_attention | kind='headwise', init='identity'",
-        "| duo_attention | heads=[[1, 0], [1, 0], [1, 0]], share=None, sink=2, recent=5, prefill='exact' |",
+        "| duo_attention | heads=[[1, 0], [1, 0], [1, 0]], share=None, sink=2, recent=5, prefill='exact', ",
         "3: `model.layers.0.self_attn` ... `model.layers.2.self_attn`",
         "Base model: `someone/base`, revision `a1` (`LlamaForCausalLM`: model_type llama, layers 3,",
         "| perplexity | 7.125 |",
