@@ -36,13 +36,13 @@ _HOMES = {
 _SUBMODULES = ("duo", "gates", "lab", "testing", "var")
 
 __all__ = [
+    "VAR",
     "Dense",
     "DuoAttention",
     "GatedAttention",
     "LongHeads",
     "Method",
     "MethodConfig",
-    "VAR",
     "__version__",
     "cache_bytes",
     "disabled",

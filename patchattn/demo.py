@@ -1,14 +1,15 @@
-"""`patchattn demo`: every method on one model, with what it costs and what must hold.
+"""`patchattn demo`: every method on the lab checkpoints, with what it costs and what must hold.
 
-The model is lab-llama, which ships with patchattn and has learned to recall what it has read: so the table shows what a
-method saves and, untrained as its patch is here, what it costs in answers.
+Most is shown on lab-llama, which ships with patchattn and has learned to recall what it has read: so the table shows
+what a method saves and, untrained as its patch is here, what it costs in answers. The other lab checkpoints show what
+is left of the digits they read, draw and answer about.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,11 @@ NEW_TOKENS = 12
 TIMED_TOKENS = 16
 RECALL = {"length": 512, "samples": 8, "batch": 4}
 TOLERANCE = 1e-4  # float32, on logits
+# Settings for models as small as these, which defaults for large ones would leave as they are.
+SMALL = {
+    "longheads": {"chunk": 32, "window": 256},
+    "var": {"sink_dims": (0, 1), "tau": 1.0, "min_visual": 0.1},
+}
 MIXED = {"even": "gated_attention over duo_attention", "odd": "dense"}
 
 
@@ -49,6 +55,17 @@ class Row:
     difference: float
     seconds: float
     recall: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a method leaves of what another lab checkpoint can do."""
+
+    checkpoint: str
+    method: str
+    what: str
+    on: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Demo(Report):
     rows: list[Row]
     left_out: dict[str, str]
     checks: list[Check]
+    scores: list[Score]
 
     @property
     def passed(self) -> bool:
@@ -90,7 +108,12 @@ class Demo(Report):
         lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         lines += [f"{'✓' if check.passed else '✗'} {check.says}{f': {check.detail}' if check.detail else ''}"
                   for check in self.checks]  # fmt: skip
-        return [rows, "\n".join(lines)]
+        if not self.scores:
+            return [rows, "\n".join(lines)]
+        scores = table("checkpoint", "method", "what", "measured", "on")
+        for score in self.scores:
+            add_row(scores, score.checkpoint, score.method, score.what, f"{score.value:.1%}", score.on)
+        return [rows, scores, "\n".join(lines)]
 
 
 def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
@@ -100,7 +123,7 @@ def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
         model: an unpatched decoder in float32, left as it was; default: lab-llama.
         tokens: how long the context is at which caches and decoding time are measured.
     """
-    questions = None
+    questions, settings, others = None, {}, []
     if model is None:
         from transformers.utils import logging
 
@@ -111,9 +134,10 @@ def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
         logging.disable_progress_bar()
         model, title = lab.load("lab-llama"), "lab-llama, a small Llama that ships with patchattn"
         questions = synthetic.make("mqar", load_tokenizer("lab-llama"), seed=1, pairs=8)
+        settings, others = SMALL, [name for name in lab.names() if name != "lab-llama"]
     else:
         title = f"{type(model).__name__} {getattr(model.config, '_name_or_path', '')}".strip()
-    patches, left_out = _patches(model)
+    patches, left_out = _patches(model, settings)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocabulary, (1, tokens), generator=generator)
@@ -130,17 +154,40 @@ def run(model: nn.Module | None = None, tokens: int = 1024) -> Demo:
             if not _padding_is_harmless(model, prompts):
                 wrong.padding.append(name)
             _check_reload(model, ids, name, wanted, wrong)
-    return Demo(title, tokens, rows, left_out, wrong.checks(len(patches)))
+    scores = [score for name in others for score in _scores(name)]
+    return Demo(title, tokens, rows, left_out, wrong.checks(len(patches)), scores)
 
 
-def _patches(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """What to patch with, by name, and which methods do not fit this model and why."""
+def _scores(name: str) -> Iterator[Score]:
+    """What the lab checkpoint `name` can do, unpatched and with each method that fits it."""
+    from . import lab
+    from .lab.evaluate import score
+
+    model = lab.load(name)
+    patches, _ = _patches(model, SMALL)
+    for method, what in {"unpatched": None, **patches}.items():
+        if what is not None:
+            patch(model, what)
+        number = score(name, model)
+        assert number.value is not None
+        yield Score(name, method, number.what, number.on, number.value)
+        if what is not None:
+            unpatch(model)
+
+
+def _patches(model: nn.Module, small: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What to patch with, by name, and which methods do not fit this model and why.
+
+    Args:
+        small: settings by method, to be used instead of the defaults.
+    """
     sites = default_sites(find_sites(model))
     patches: dict[str, Any] = {}
     left_out = {}
     for cls in methods().values():
-        for settings in cls.variants:
-            method, name = cls(**settings), setting_text({"method": cls.name, **settings})
+        for variant in cls.variants:
+            method = cls(**{**small.get(cls.name, {}), **variant})
+            name = setting_text({"method": cls.name, **variant})
             reasons = [unfit(site, [method]) for site in sites]
             if None in reasons:
                 patches[name] = method

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import patchattn
-from patchattn import cli, demo, method
+from patchattn import cli, demo, lab, method
+from patchattn.lab import evaluate
 from patchattn.method import builtin_names
 
 from .hub_server import HubServer
@@ -308,6 +309,7 @@ def test_push_uploads_the_folder_and_says_where_it_is(run, tmp_path):
 
 @pytest.fixture
 def small_demo(monkeypatch):
+    monkeypatch.setattr(evaluate, "DRAWINGS", 1)
     monkeypatch.setattr(demo, "TIMED_TOKENS", 1)
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
 
@@ -322,6 +324,12 @@ def test_the_demo_passes_and_shows_every_method(run, small_demo):
     assert rows["dense"]["difference"] <= 1e-4
     assert rows["duo_attention"]["bytes"] < rows["dense"]["bytes"] == rows["unpatched"]["bytes"]
     assert len({row["method"] for row in found["rows"]}) == len(found["rows"])
+    scores = {(score["checkpoint"], score["method"].partition(":")[0]): score["value"] for score in found["scores"]}
+    assert {checkpoint for checkpoint, _ in scores} == set(lab.names()) - {"lab-llama"}
+    assert ("lab-llava", "var") in scores and ("lab-vit", "gated_attention") in scores
+    for (checkpoint, name), value in scores.items():
+        if name in ("dense", "gated_attention"):
+            assert value == scores[checkpoint, "unpatched"] > 0.7
 
 
 class Careless(method.Method):

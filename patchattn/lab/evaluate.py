@@ -91,17 +91,22 @@ def evaluate(
     numbers: list[Number] = []
     for name in chosen:
         say(f"measuring {name}")
-        numbers += _MEASURES[_recipe(name).model.task](name, data)
+        numbers += _MEASURES[_recipe(name).model.task](name, load(name), data)
     return LabReport([facts(name) for name in chosen], numbers)
 
 
-def _language(name: str, data: str | None) -> list[Number]:
+def score(name: str, model: Any) -> Number:
+    """What the lab checkpoint `name` is for, measured on `model`, which may be that checkpoint patched."""
+    return _MEASURES[_recipe(name).model.task](name, model, None)[-1]
+
+
+def _language(name: str, model: Any, data: str | None) -> list[Number]:
     from ..loading import load_tokenizer
     from ..train.synthetic import make
     from .sources import BOOKS
     from .text import TASK_SEED, bits_per_byte, head_facts, read_texts, recall
 
-    model, tokenizer = load(name), load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     what, goal = "bits per byte of text", 2.2
     if data is None:
         missing = "not measured: give --data FOLDER, which `patchattn lab data FOLDER` fills"
@@ -128,39 +133,36 @@ def _questions(length: int) -> str:
     return f"{QUESTIONS} generated texts of {length} tokens"
 
 
-def _classifier(name: str, data: str | None) -> list[Number]:
+def _classifier(name: str, model: Any, data: str | None) -> list[Number]:
     from .images import classified
 
-    model = load(name)
     reader = _held_out(name, model)
     return [Number(name, "digits classified", classified(model, reader), 0.97, f"{reader.size} held-out images")]
 
 
-def _diffusion(name: str, data: str | None) -> list[Number]:
+def _diffusion(name: str, model: Any, data: str | None) -> list[Number]:
     import torch
     from diffusers import DDPMScheduler
 
     from .images import draw, recognised
 
-    model: Any = load(name)
     classes = torch.arange(model.config.num_embeds_ada_norm).repeat_interleave(DRAWINGS)
     images = draw(model, DDPMScheduler.from_pretrained(path(name) / "scheduler"), classes)
     where = f"{len(classes)} drawings, recognised by {JUDGE}"
     return [Number(name, "digits drawn as asked", recognised(images, classes, load(JUDGE)), 0.85, where)]
 
 
-def _vision_language(name: str, data: str | None) -> list[Number]:
+def _vision_language(name: str, model: Any, data: str | None) -> list[Number]:
     from transformers import AutoProcessor
 
     from .images import answered
 
-    model = load(name)
     reader = _held_out(name, model, AutoProcessor.from_pretrained(path(name)))
     where = f"{reader.size} held-out images, {reader.source.question!r}"
     return [Number(name, "questions answered", answered(model, reader), 0.9, where)]
 
 
-_MEASURES: dict[str, Callable[[str, str | None], list[Number]]] = {
+_MEASURES: dict[str, Callable[[str, Any, str | None], list[Number]]] = {
     "causal-lm": _language,
     "image-classification": _classifier,
     "denoising": _diffusion,
