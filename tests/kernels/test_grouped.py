@@ -220,7 +220,7 @@ def test_the_kernels_change_the_same_rows(queries):
         (dict(keep=lambda first, last: torch.ones(1, 1, last - first, 45, dtype=torch.bool)), "no mask drawn by hand"),
         (dict(dropout=0.1), "no dropout"),
     ],
-    ids=str,
+    ids=["softcap", "keep", "dropout"],
 )
 def test_what_the_kernels_do_not_have_is_computed_by_torch_or_refused(change, message):
     given = (*inputs(*SHAPES[0]), RULE)
