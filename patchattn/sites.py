@@ -124,7 +124,7 @@ def _interface_site(name: str, module: nn.Module, caches: dict[int, list[Any]]) 
         pieces=reading.calls > 1,
         cache_index=layer_idx if reading.own_index and not cross and isinstance(layer_idx, int) else None,
         base_masks=reading.draws_mask or not reading.own_index,
-        cache_problem=_cache_problem(reading, layer),
+        cache_problem=_cache_problem(module, reading, layer),
         problem="cross-attention: its keys come from another sequence" if cross else _problem(module, reading),
     )
 
@@ -200,7 +200,7 @@ def _window(module: nn.Module, config: Any, layer: Any) -> int | None:
     return window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else None
 
 
-def _cache_problem(reading: Reading, layer: Any) -> str | None:
+def _cache_problem(module: nn.Module, reading: Reading, layer: Any) -> str | None:
     if reading.draws_mask:
         return "it draws its mask from all keys, so none of them can be dropped"
     if reading.calls > 1:
@@ -208,10 +208,11 @@ def _cache_problem(reading: Reading, layer: Any) -> str | None:
     if not reading.own_index:
         return "it keeps its keys at another place in the cache than its layer_idx"
     kind = type(layer).__name__
+    shares = getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False)
+    if shares or kind == "DummyLayer":
+        return "this layer shares its keys and values with another"
     if layer is None or kind == "DynamicLayer":
         return None
-    if kind == "DummyLayer":
-        return "this layer shares its keys and values with another"
     if kind == "DynamicSlidingWindowLayer":
         return f"this layer sees a window or chunk of {layer.sliding_window} tokens only"
     return f"its layer of the cache is a {kind}, which holds more than keys and values"

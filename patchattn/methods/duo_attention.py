@@ -133,13 +133,9 @@ class DuoAttention(Method):
             return f"this layer already has a sliding window of {site.window} tokens"
         if not site.kv_heads:
             return "its number of KV heads could not be read from the module"
-        if getattr(site.module, "is_kv_shared_layer", False) or getattr(site.module, "store_full_length_kv", False):
-            return "this layer shares its keys and values with another"
         if site.position_bias:
             return "it adds a position bias to the scores, which a shortened cache cannot"
-        if site.cache_problem is not None:
-            return site.cache_problem
-        return None
+        return site.cache_problem
 
     def __init__(self, config: MethodConfig | None = None, **fields: Any) -> None:
         super().__init__(config, **fields)

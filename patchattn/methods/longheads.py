@@ -92,8 +92,6 @@ class LongHeads(Method):
             return f"this layer already has a sliding window of {site.window} tokens"
         if not site.kv_heads:
             return "its number of KV heads could not be read from the module"
-        if getattr(site.module, "is_kv_shared_layer", False) or getattr(site.module, "store_full_length_kv", False):
-            return "this layer shares its keys and values with another"
         if site.position_bias:
             return "it adds a position bias to the scores, which knows the keys by their true distance"
         return site.cache_problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchattn_kernels import backend, check, dispatch, sink_window, sink_window_decode
+from patchattn_kernels import backend, check, dispatch, launch, sink_window, sink_window_decode
 from patchattn_kernels.sink_window import cases, ops
 
 pytestmark = pytest.mark.skipif(not dispatch.INSTALLED, reason="triton is not installed")
@@ -53,9 +53,9 @@ def test_many_tiles_in_a_row_are_right(small_tiles):
 
 def test_keys_of_a_full_head_are_split_and_merged(small_tiles, monkeypatch):
     asked = []
-    split = small_tiles._splits
-    monkeypatch.setattr(small_tiles, "_processors", lambda device: 16)
-    monkeypatch.setattr(small_tiles, "_splits", lambda *args: asked.append(split(*args)) or asked[-1])
+    split = launch.splits
+    monkeypatch.setattr(launch, "processors", lambda device: 16)
+    monkeypatch.setattr(launch, "splits", lambda *args: asked.append(split(*args)) or asked[-1])
     assert not wrong([case for case in cases.CASES if case.label.startswith("step")], torch.float32)
     assert max(asked) == 5 and 1 in asked
 

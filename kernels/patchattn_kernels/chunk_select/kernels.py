@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch
 from ..dispatch import interpreted
 from ..static import Compile
 
@@ -233,10 +234,6 @@ def _bits(x: Tensor) -> int:
     return 32 if x.dtype == torch.float32 else 16
 
 
-def _precision(bits: int) -> str:
-    return "tf32x3" if bits == 32 else "ieee"
-
-
 def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
@@ -262,7 +259,7 @@ def complete_chunks(
     complete_kernel[most, rows * heads](
         chunk_keys, q, k, v, before, after, slots - 1, k.shape[2] - 1, v.shape[2] - 1, chunk_keys.shape[2], scale,
         CHUNK=chunk, HEADS=heads, GROUP=heads // k.shape[1], BLOCK_T=tiles.queries, BLOCK_S=_block(chunk),
-        PRECISION=_precision(_bits(q)), num_warps=tiles.num_warps, num_stages=tiles.num_stages, **_common(q),
+        PRECISION=launch.precision(_bits(q)), num_warps=tiles.num_warps, num_stages=tiles.num_stages, **_common(q),
     )  # fmt: skip
 
 
@@ -293,7 +290,7 @@ def chunk_attention(
     attend_kernel[union.shape[2], rows * heads](
         q, turned, k, v, cos, sin, selected, opened, sinks, union, sizes, out, total,
         length, k.shape[2], k.stride(1), v.stride(1), union.shape[3], n, scale, softcap or 0.0,
-        BLOCK_T=tiles.queries, BLOCK_S=min(_block(chunk), tiles.keys), PRECISION=_precision(_bits(q)),
+        BLOCK_T=tiles.queries, BLOCK_S=min(_block(chunk), tiles.keys), PRECISION=launch.precision(_bits(q)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shared,
     )  # fmt: skip
     return out, total
@@ -331,7 +328,13 @@ def _static() -> Iterator[Compile]:
         for bits, tiles in table.items():
             if kernel is complete_kernel and bits == 32:  # larger ones are left to torch
                 more = {"BLOCK_S": 256, "D": 64, "BLOCK_D": 64}
-            given = {**shared, "PRECISION": _precision(bits), "BLOCK_T": tiles.queries, "BLOCK_S": tiles.keys, **more}
+            given = {
+                **shared,
+                "PRECISION": launch.precision(bits),
+                "BLOCK_T": tiles.queries,
+                "BLOCK_S": tiles.keys,
+                **more,
+            }
             yield _entry(
                 f"{label} D{given['D']}", kernel, types, given, tiles, products, "bf16" if bits == 16 else "fp32"
             )

@@ -14,7 +14,6 @@ added at the end, when the factor is known. A row that is not changed has gain 0
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch
 from ..dispatch import interpreted
 from ..static import Compile
 from . import reference
@@ -50,7 +50,6 @@ DECODE = {(16, 128): Tiles(16, 64, 4, 3), (32, 128): Tiles(16, 16, 8, 2)}
 QUERIES = {(16, 128): Tiles(64, 64, 8, 2), (32, 64): Tiles(16, 16, 8, 2)}
 KEYS = {(16, 128): Tiles(32, 64, 8, 2), (32, 64): Tiles(16, 16, 8, 2)}
 SINKS = 16  # keys that are gathered at a time
-MOST_SPLITS = 64  # pieces that keys are cut into for one query
 COUNT = 32  # tiles of keys that are counted at a time
 
 
@@ -514,7 +513,7 @@ def forward(
     q, k, v = _rows(q, k, v)
     out = q.new_empty(batch, queries, heads, size).transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    tiles, options = _tiles(FORWARD_AMPERE if _generation(q.device) == 8 else FORWARD, q)
+    tiles, options = _tiles(FORWARD_AMPERE if launch.generation(q.device) == 8 else FORWARD, q)
     gain: Tensor | None = None
     lists: tuple[Tensor | None, ...] = (None,) * 6
     if images is not None:
@@ -542,7 +541,7 @@ def decode(
     gain = None if images is None else torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device)
     tiles, options = _tiles(DECODE, q)
     options["BLOCK_T"] = max(tiles.queries, triton.next_power_of_2(heads // groups))
-    splits = _splits(keys, batch * groups, tiles.keys, q.device)
+    splits = launch.splits(keys, batch * groups, tiles.keys, q.device)
     part = torch.empty(batch, heads, splits, 3, size, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, heads, splits, 5, dtype=torch.float32, device=q.device)
     decode_kernel[(splits, groups, batch)](
@@ -615,29 +614,9 @@ def _tiles(table: dict[tuple[int, int], Tiles], q: Tensor) -> tuple[Tiles, dict[
     block = max(16, triton.next_power_of_2(size))
     tiles = next(tiles for (of, most), tiles in table.items() if of == bits and block <= most)
     return tiles, dict(
-        D=size, BLOCK_D=block, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, PRECISION=_precision(bits),
+        D=size, BLOCK_D=block, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, PRECISION=launch.precision(bits),
         UPCAST=interpreted() and bits == 16, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-
-
-def _precision(bits: int) -> str:
-    return "tf32x3" if bits == 32 else "ieee"
-
-
-def _splits(keys: int, programs: int, tile: int, device: torch.device) -> int:
-    """Pieces for each KV head: two programs for every processor, and at least two tiles in each."""
-    wanted = triton.cdiv(2 * _processors(device), max(1, programs))
-    return max(1, min(wanted, triton.cdiv(keys, 2 * tile), MOST_SPLITS))
-
-
-@functools.cache
-def _generation(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 # ---- what the static check compiles ------------------------------------------------------------------------
@@ -670,7 +649,7 @@ def _static() -> Iterator[Compile]:
             for absent in (set(), optional) if bits == 16 else (set(),):
                 names = kernel.arg_names
                 constants = dict(GROUP=4, D=size, BLOCK_D=size, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, SINKS=SINKS,
-                                 CAUSAL=True, PRECISION=_precision(bits), UPCAST=False)  # fmt: skip
+                                 CAUSAL=True, PRECISION=launch.precision(bits), UPCAST=False)  # fmt: skip
                 yield Compile(
                     f"{label} D{size} {tiles.queries}x{tiles.keys}{' plain' if absent else ''}", kernel,
                     {name: types[name] for name in names if name in types and name not in absent},
@@ -679,7 +658,7 @@ def _static() -> Iterator[Compile]:
                 )  # fmt: skip
     for label, kernel, sizes, num_warps in (
         ("lists", lists_kernel, dict(BLOCK_S=64, COUNT=COUNT), 4),
-        ("merge D128", merge_kernel, dict(D=128, BLOCK_D=128, BLOCK_N=MOST_SPLITS), 4),
+        ("merge D128", merge_kernel, dict(D=128, BLOCK_D=128, BLOCK_N=launch.MOST_SPLITS), 4),
     ):
         arguments = {name: types[name] for name in kernel.arg_names if name in types}
         yield Compile(label, kernel, arguments, sizes, num_warps, 3, "none", ("bf16",))

@@ -31,7 +31,8 @@ def forward(
     from . import kernels
 
     rule = kernels.Rule(recycle, most_sinks, min_visual)
-    out, lse, gain = kernels.forward(q, k, v, kinds, images, gate, place, past, causal, scale, rule)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
+        out, lse, gain = kernels.forward(q, k, v, kinds, images, gate, place, past, causal, scale, rule)
     return out, lse, lse.new_empty(0) if gain is None else gain
 
 
@@ -62,7 +63,8 @@ def gradients(
     from . import kernels
 
     gains = gain if gain.numel() else None
-    return kernels.gradients(d_out, q, k, v, kinds, out, lse, gains, past, causal, scale, recycle)
+    with torch.cuda.device_of(q):
+        return kernels.gradients(d_out, q, k, v, kinds, out, lse, gains, past, causal, scale, recycle)
 
 
 @gradients.register_fake
@@ -105,7 +107,8 @@ def decode(
     from . import kernels
 
     rule = kernels.Rule(recycle, most_sinks, min_visual)
-    out, gain = kernels.decode(q, k, v, kinds, images, gate, place, past, causal, scale, rule)
+    with torch.cuda.device_of(q):
+        out, gain = kernels.decode(q, k, v, kinds, images, gate, place, past, causal, scale, rule)
     return out, q.new_empty(0, dtype=torch.float32) if gain is None else gain
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch
 from ..dispatch import interpreted
 from ..static import Compile
 from .reference import EVERYTHING, Tier
@@ -36,7 +37,6 @@ PREFILL_AMPERE = PREFILL | {(16, 128): Tiles(128, 32, 8, 3)}  # 64 keys would sp
 DECODE = {(16, 128): Tiles(16, 64, 4, 3), (16, 256): Tiles(16, 32, 4, 3), (32, 128): Tiles(16, 32, 4, 3)}
 QUERIES = {(16, 128): Tiles(64, 32, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
 KEYS = {(16, 128): Tiles(32, 64, 8, 2), (32, 128): Tiles(16, 16, 4, 1)}
-MOST_SPLITS = 64  # pieces that the keys of a full head are cut into when it decodes
 FAR_QUERIES = 1024  # of those that read a sink from afar, as many as one program takes
 
 
@@ -469,7 +469,7 @@ def prefill(
         ends = torch.where(full_rank >= 0, place, 0).amax(dim=1)
     out = q.new_empty(batch, length, heads, size).transpose(1, 2)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    tiles, options = _tiles(PREFILL_AMPERE if _generation(q.device) == 8 else PREFILL, q)
+    tiles, options = _tiles(PREFILL_AMPERE if launch.generation(q.device) == 8 else PREFILL, q)
     grid = (triton.cdiv(length, tiles.queries), batch, heads)
     prefill_kernel[grid](
         q, k, v, out, lse, _order(tuple(full_heads), q.device), _contiguous(rank), pads, sinks,
@@ -495,7 +495,7 @@ def decode(
     group, whole = heads // len(full_heads), sum(full_heads)
     options["BLOCK_T"] = max(tiles.queries, triton.next_power_of_2(group))
     keys = 0 if full is None else full.keys.shape[2]
-    splits = _splits(keys, batch * whole, tiles.keys, q.device)
+    splits = launch.splits(keys, batch * whole, tiles.keys, q.device)
     part = sums = None
     if splits > 1:
         part = torch.empty(batch, whole * splits, group, size, dtype=torch.float32, device=q.device)
@@ -589,13 +589,9 @@ def _tiles(table: dict[tuple[int, int], Tiles], q: Tensor) -> tuple[Tiles, dict[
     tiles = table[bits, 128 if block <= 128 else 256]
     return tiles, dict(
         D=size, BLOCK_D=block, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, EVERYTHING=EVERYTHING,
-        PRECISION=_precision(bits), UPCAST=interpreted() and bits == 16, num_warps=tiles.num_warps,
+        PRECISION=launch.precision(bits), UPCAST=interpreted() and bits == 16, num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )  # fmt: skip
-
-
-def _precision(bits: int) -> str:
-    return "tf32x3" if bits == 32 else "ieee"
 
 
 @functools.lru_cache(maxsize=256)
@@ -603,24 +599,6 @@ def _order(full_heads: tuple[bool, ...], device: torch.device) -> Tensor:
     """KV heads, full ones first."""
     order = sorted(range(len(full_heads)), key=lambda head: not full_heads[head])
     return torch.tensor(order, dtype=torch.int32, device=device)
-
-
-def _splits(keys: int, programs: int, tile: int, device: torch.device) -> int:
-    """Pieces for each full head: two programs for every processor, and at least two tiles in each."""
-    if not keys:
-        return 1
-    wanted = triton.cdiv(2 * _processors(device), max(1, programs))
-    return max(1, min(wanted, triton.cdiv(keys, 2 * tile), MOST_SPLITS))
-
-
-@functools.cache
-def _generation(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 # ---- what the static check compiles ------------------------------------------------------------------------
@@ -652,7 +630,8 @@ def _static() -> Iterator[Compile]:
         for (bits, size), tiles in table.items():
             for absent in (set(), {f"{name}_ptr" for name in optional}) if (bits, size) == (16, 128) else (set(),):
                 constants = dict(GROUP=4, D=size, BLOCK_D=size, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, UPCAST=False,
-                                 EVERYTHING=EVERYTHING, SOFTCAP=not absent, PRECISION=_precision(bits))  # fmt: skip
+                                 EVERYTHING=EVERYTHING, SOFTCAP=not absent,
+                                 PRECISION=launch.precision(bits))  # fmt: skip
                 names = kernel.arg_names
                 yield Compile(
                     f"{label} D{size} {tiles.queries}x{tiles.keys}{' plain' if absent else ''}", kernel,
@@ -662,7 +641,7 @@ def _static() -> Iterator[Compile]:
                 )  # fmt: skip
     yield Compile(
         "merge D128", merge_kernel, {name: types[name] for name in merge_kernel.arg_names if name in types},
-        dict(GROUP=4, D=128, BLOCK_D=128, BLOCK_N=MOST_SPLITS), 4, 3, "none", ("bf16",),
+        dict(GROUP=4, D=128, BLOCK_D=128, BLOCK_N=launch.MOST_SPLITS), 4, 3, "none", ("bf16",),
     )  # fmt: skip
 
 
