@@ -6,8 +6,19 @@ legend everywhere: B batch, H query heads, G key/value heads, T queries, S keys,
 """
 
 from .attention import masked_attention
+from .block_sparse import BlockLists, block_maxima, block_sparse, block_sparse_decode
 from .dispatch import backend
 from .grouped import grouped
 from .sink_window import sink_window, sink_window_decode
 
-__all__ = ["backend", "grouped", "masked_attention", "sink_window", "sink_window_decode"]
+__all__ = [
+    "BlockLists",
+    "backend",
+    "block_maxima",
+    "block_sparse",
+    "block_sparse_decode",
+    "grouped",
+    "masked_attention",
+    "sink_window",
+    "sink_window_decode",
+]

@@ -1,0 +1,139 @@
+"""The primitive as torch operators: loops that depend on the lists cannot be traced, so each is one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_triton
+from .reference import block_maxima_reference, block_sparse_backward_reference, block_sparse_reference
+
+
+def lists(mask: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """Counts `[..., N]` and indices `[..., N, places]` of what is True in `mask` `[..., N, M]`."""
+    place = mask.cumsum(dim=-1) - 1
+    place = place.where(mask & (place < places), places)  # one more place, for what is not listed
+    number = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    indices = torch.zeros(*mask.shape[:-1], places + 1, dtype=torch.int32, device=mask.device)
+    indices = indices.scatter_(-1, place, number.expand(mask.shape))[..., :places]
+    return mask.sum(dim=-1, dtype=torch.int32).clamp(max=places), indices
+
+
+def mask(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
+    """`[..., N, blocks]`, True where a list names a block."""
+    named = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    place = indices.long().where(named & (indices < blocks), blocks)
+    found = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter_(-1, place, True)[..., :blocks]
+
+
+@torch.library.custom_op("patchattn::block_sparse", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    sinks: Tensor | None,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of each row's sum of weights `[B, H, T]`; +inf where nothing was read."""
+    use_triton("block_sparse", q, k, v, unsupported="form in Triton")
+    return block_sparse_reference(
+        q, k, v, counts, indices, starts, ends, sinks, (block_q, block_k), causal, scale, softcap
+    )
+
+
+@forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
+
+
+@torch.library.custom_op("patchattn::block_sparse_gradients", mutates_args=())
+def gradients(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and `sum(out * d_out)` of each row."""
+    return block_sparse_backward_reference(
+        d_out, q, k, v, counts, indices, starts, ends, out, lse, (block_q, block_k), causal, scale, softcap
+    )
+
+
+@gradients.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=_wide(q))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, counts, indices, starts, ends, sinks, *settings = inputs
+    ctx.save_for_backward(q, k, v, counts, indices, starts, ends, *output, sinks)
+    ctx.settings = settings
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, lse, sinks = ctx.saved_tensors
+    dq, dk, dv, delta = gradients(d_out, *tensors, lse, *ctx.settings)
+    d_sinks = None
+    if sinks is not None and ctx.needs_input_grad[7]:
+        weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
+        d_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
+    return dq, dk, dv, None, None, None, None, d_sinks, *(None,) * 5
+
+
+forward.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("patchattn::block_maxima", mutates_args=())
+def maxima(
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    sinks: Tensor | None,
+    block_q: int,
+    block_k: int,
+    rows: int,
+    causal: bool,
+    shared: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """`[B, H or G, N, M]`."""
+    use_triton("block_maxima", q, k, unsupported="form in Triton")
+    return block_maxima_reference(q, k, starts, ends, sinks, (block_q, block_k), rows, causal, shared, scale, softcap)
+
+
+@maxima.register_fake
+def _(
+    q: Tensor, k: Tensor, starts: Any, ends: Any, sinks: Any, block_q: int, block_k: int, rows: int, causal: bool,
+    shared: bool, *others: Any,
+) -> Tensor:  # fmt: skip
+    heads = k.shape[1] if shared else q.shape[1]
+    return q.new_empty(q.shape[0], heads, rows, -(-k.shape[2] // block_k), dtype=_wide(q))
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
