@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK_ELEMENTS = 1 << 24  # of the largest temporary tensor: scores, probabilities, turned queries
+BLOCK_ELEMENTS = 1 << 23  # of the largest temporary tensor: scores, probabilities, turned queries
+PAIRS = 64  # queries that read one chunk, in one tile
+TILE_ELEMENTS = 1 << 18  # of the turned queries and the scores of the tiles that are done at once
 
 
 def complete_chunks_reference(
@@ -30,6 +32,12 @@ def complete_chunks_reference(
             some_q, some_k, some_v = (_from_ring(x[row], chunks, chunk) for x in (q, k, v))
             found = represent(some_q, some_k, some_v, scale)
             chunk_keys[row, :, start : start + len(chunks)] = found.to(chunk_keys.dtype)
+
+
+def complete_bounds_reference(bounds: Tensor, k: Tensor, before: Tensor, after: Tensor, chunk: int) -> None:
+    for row, (first, last) in enumerate(zip((before // chunk).tolist(), (after // chunk).tolist(), strict=True)):
+        keys = _from_ring(k[row], torch.arange(first, last, device=k.device), chunk)
+        bounds[row, :, first:last] = torch.cat([keys.amax(dim=-2), keys.amin(dim=-2)], dim=-1)
 
 
 def _from_ring(x: Tensor, chunks: Tensor, chunk: int) -> Tensor:
@@ -53,12 +61,13 @@ def represent(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def select_chunks_reference(q: Tensor, chunk_keys: Tensor, current: Tensor, chunks: int, dense: int) -> Tensor:
     count = chunk_keys.shape[2]
-    free = min(max(chunks, dense) - 3, count)
+    free, shared = min(max(chunks, dense) - 3, count), chunk_keys.float().mT
     size = max(1, BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * count))
     index = torch.arange(count, device=q.device)
     blocks = []
     for some, here in zip(q.split(size, dim=2), current.split(size, dim=1), strict=True):
-        scores = some.float() @ chunk_keys.float().mT  # [B, H, t, count]
+        grouped = some.float().unflatten(1, (chunk_keys.shape[1], -1)).flatten(2, 3)
+        scores = (grouped @ shared).view(*some.shape[:3], count)
         here = here[:, None, :, None]
         best, found = scores.masked_fill((index < 1) | (index > here - 2), float("-inf")).topk(free, dim=-1)
         allowed = torch.where(here < dense, free, chunks - 3)
@@ -117,67 +126,81 @@ def _readable(selected: Tensor, steps: Tensor, opened: Tensor, chunk: int) -> Te
     return opened[:, None, :, None].where(steps == 0, chunk).where(selected >= 0, 0)
 
 
-class _Pairs:
-    """Every pair of a query and a chunk that it reads, those of one chunk together.
+class _Tiles:
+    """Every pair of a query and a chunk that it reads, those of one chunk together, cut into tiles of `PAIRS`.
+
+    The room left in the last tile of a chunk is filled with its last pair, which reads nothing there.
 
     Attributes:
-        index: `[pairs]`, where each stood in `selected`; query: which query it is; step, readable: see above.
-        chunks: for each chunk that is read: its row, its KV head, its tokens, and its slice of the pairs.
+        chunk: `[tiles]` each, the row, the KV head and the chunk that a tile reads.
+        index: `[tiles, PAIRS]`, where each pair stood in `selected`; one past its end where there is no pair.
+        query, step, readable: `[tiles, PAIRS]`, which query it is; see `_steps` and `_readable`.
+        slices: of the tiles that are done at once.
     """
 
-    def __init__(self, selected: Tensor, opened: Tensor, groups: int, length: int, chunk: int) -> None:
+    def __init__(self, selected: Tensor, opened: Tensor, groups: int, length: int, chunk: int, features: int) -> None:
         rows, heads, _, count = selected.shape
-        steps, stored = _steps(selected), -(-length // chunk)
+        steps, stored, device = _steps(selected), -(-length // chunk), selected.device
         readable = _readable(selected, steps, opened, chunk)
-        row, head = (torch.arange(n, device=selected.device) for n in (rows, heads))
+        row, head = (torch.arange(n, device=device) for n in (rows, heads))
         owner = row[:, None] * groups + head // (heads // groups)  # [B, H], which keys a head reads
         place = owner[:, :, None, None] * stored + selected
         nowhere = rows * groups * stored
         place = place.where((readable > 0) & (selected < stored), nowhere).flatten()
-        sizes = place.bincount(minlength=nowhere + 1).tolist()[:nowhere]
-        self.index = place.argsort(stable=True)[: sum(sizes)]
+        pairs = place.bincount(minlength=nowhere + 1)[:nowhere]  # of each chunk
+        tiles = (pairs + PAIRS - 1) // PAIRS
+        of = torch.arange(nowhere, device=device).repeat_interleave(tiles)  # [tiles], the chunk of each
+        first = (torch.arange(len(of), device=device) - (tiles.cumsum(0) - tiles)[of]) * PAIRS
+        left = (pairs[of] - first)[:, None]
+        lane = torch.arange(PAIRS, device=device)
+        self.index = place.argsort(stable=True)[
+            (pairs.cumsum(0) - pairs)[of, None] + first[:, None] + lane.minimum(left - 1)
+        ]
         self.query = self.index // count
         self.step, self.readable = (x.flatten()[self.index] for x in (steps, readable))
-        self.chunks: list[tuple[int, int, slice, slice]] = []
-        first = 0
-        for where, size in enumerate(sizes):
-            if size:
-                (b, g), start = divmod(where // stored, groups), where % stored * chunk
-                self.chunks.append((b, g, slice(start, start + chunk), slice(first, first + size)))
-                first += size
+        self.index, self.readable = self.index.where(lane < left, selected.numel()), self.readable.where(lane < left, 0)
+        self.chunk = of // stored // groups, of // stored % groups, of % stored
+        size = max(1, TILE_ELEMENTS // (PAIRS * max(chunk, features)))
+        self.slices = [slice(start, start + size) for start in range(0, len(of), size)]
 
-    def hidden(self, pairs: slice, keys: int) -> Tensor:
-        """Which of the keys of a chunk these pairs do not read: `[pairs, keys]`."""
-        return torch.arange(keys, device=self.readable.device) >= self.readable[pairs, None]
+    def chunks(self, x: Tensor, some: slice) -> Tensor:
+        """What some tiles read of `[B, G, chunks, chunk, D]`: `[tiles, chunk, D]`, float32."""
+        row, group, chunk = self.chunk
+        return x[row[some], group[some], chunk[some]].float()
+
+    def hidden(self, some: slice, keys: int) -> Tensor:
+        """Which of the keys of its chunk each pair does not read: `[tiles, PAIRS, keys]`."""
+        return torch.arange(keys, device=self.readable.device) >= self.readable[some, :, None]
 
 
 def _by_chunk(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, selected: Tensor, opened: Tensor,
     sinks: Tensor | None, chunk: int, scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Chunk after chunk, with all the queries that picked it; then each query joins its parts by their weights."""
-    pairs = _Pairs(selected, opened, k.shape[1], k.shape[2], chunk)
+    """Each chunk with all the queries that picked it; then each query joins its parts by their weights."""
+    tiles = _Tiles(selected, opened, k.shape[1], k.shape[2], chunk, k.shape[3])
+    k, v = (_chunks(x, chunk) for x in (k, v))
     q, turned = (x.reshape(-1, x.shape[3]) for x in (q, turned))
-    part = torch.zeros(selected.numel(), v.shape[3], device=q.device)
-    weight = torch.full((selected.numel(),), float("-inf"), device=q.device)
-    for b, g, tokens, some in pairs.chunks:
-        keys, values = k[b, g, tokens].float(), v[b, g, tokens].float()
-        scores = _capped(_turn(q, turned, cos, sin, pairs, some) @ keys.mT * scale, softcap)
-        scores = scores.masked_fill(pairs.hidden(some, len(keys)), float("-inf"))
+    part = torch.zeros(selected.numel() + 1, v.shape[4], device=q.device)
+    weight = torch.full((selected.numel() + 1,), float("-inf"), device=q.device)
+    for some in tiles.slices:
+        scores = _capped(_turn(q, turned, cos, sin, tiles, some) @ tiles.chunks(k, some).mT * scale, softcap)
+        scores = scores.masked_fill(tiles.hidden(some, chunk), float("-inf"))
         total = scores.logsumexp(dim=-1)
-        weight[pairs.index[some]] = total
-        part[pairs.index[some]] = (scores - total[:, None]).exp() @ values
-    weight = weight.view(selected.shape)
+        weight[tiles.index[some]] = total
+        part[tiles.index[some]] = (scores - total[..., None]).exp() @ tiles.chunks(v, some)
+    part, weight = part[:-1], weight[:-1].view(selected.shape)
     everything = weight if sinks is None else torch.cat([weight, _logits(sinks, weight)], dim=-1)
     total = everything.logsumexp(dim=-1)
     share = (weight - total.masked_fill(total == float("-inf"), 0.0)[..., None]).exp()  # padding reads nothing
     return (share.unsqueeze(-2) @ part.view(*selected.shape, -1)).squeeze(-2), total
 
 
-def _turn(q: Tensor, turned: Tensor, cos: Tensor, sin: Tensor, pairs: _Pairs, some: slice) -> Tensor:
-    """The queries of some pairs, each turned on to its distance from the chunk: `[pairs, D]`, float32."""
-    query, step = pairs.query[some], pairs.step[some]
-    return q[query].float() * cos[step] + turned[query].float() * sin[step]
+def _turn(q: Tensor, turned: Tensor, cos: Tensor, sin: Tensor, tiles: _Tiles, some: slice) -> Tensor:
+    """The queries of some tiles, each turned on to its distance from the chunk: `[tiles, PAIRS, D]`, float32."""
+    query, step = tiles.query[some].flatten(), tiles.step[some].flatten()
+    q, turned, cos, sin = q.index_select(0, query), turned.index_select(0, query), cos[step], sin[step]
+    return torch.addcmul(q * cos, turned, sin).unflatten(0, (-1, PAIRS))
 
 
 def _logits(sinks: Tensor, weight: Tensor) -> Tensor:
@@ -246,32 +269,36 @@ def chunk_attention_backward_reference(
 ) -> list[Tensor]:
     """Gradients of q, turned, k, v, and of sinks if there are any; the choice of chunks has none."""
     found: list[tuple[Tensor, Tensor]] = []
+    length, (k, v) = k.shape[2], (_chunks(x, chunk) for x in (k, v))
     grad_k, grad_v = (torch.zeros(x.shape, device=x.device) for x in (k, v))
     for part in _blocks(selected, opened, q, turned, grad, out, total[..., None]):
         some_q, some_turned, upstream, mine, sums, chosen, readable = part
-        pairs = _Pairs(chosen, readable, k.shape[1], k.shape[2], chunk)
+        tiles = _Tiles(chosen, readable, k.shape[1], length, chunk, k.shape[4])
         upstream = upstream.float()
         shift = (upstream * mine.float()).sum(dim=-1).reshape(-1, 1)
-        sums, upstream = sums.reshape(-1, 1), upstream.reshape(-1, v.shape[3])
+        sums, upstream = sums.reshape(-1, 1), upstream.reshape(-1, v.shape[4])
         straight, quarter = (torch.zeros(some_q.shape, device=q.device) for _ in "qt")
         flat_q, flat_turned, flat_straight, flat_quarter = (
             x.reshape(-1, q.shape[3]) for x in (some_q, some_turned, straight, quarter)
         )
-        for b, g, tokens, some in pairs.chunks:
-            query, step = pairs.query[some], pairs.step[some]
-            queries = _turn(flat_q, flat_turned, cos, sin, pairs, some)
-            keys, values = k[b, g, tokens].float(), v[b, g, tokens].float()
+        for some in tiles.slices:
+            query, step = tiles.query[some], tiles.step[some]
+            queries = _turn(flat_q, flat_turned, cos, sin, tiles, some)
+            keys, values = tiles.chunks(k, some), tiles.chunks(v, some)
             scores = _capped(queries @ keys.mT * scale, softcap)
-            weights = (scores - sums[query]).exp().masked_fill(pairs.hidden(some, len(keys)), 0.0)
+            weights = (scores - sums[query]).exp().masked_fill(tiles.hidden(some, chunk), 0.0)
             change = weights * (upstream[query] @ values.mT - shift[query]) * scale
             if softcap is not None:
                 change = change * (1 - (scores / softcap).square())
-            flat_straight.index_add_(0, query, change @ keys * cos[step])
-            flat_quarter.index_add_(0, query, change @ keys * sin[step])
-            grad_k[b, g, tokens] += change.mT @ queries
-            grad_v[b, g, tokens] += weights.mT @ upstream[query]
+            turn = change @ keys
+            flat_straight.index_add_(0, query.flatten(), (turn * cos[step]).flatten(0, 1))
+            flat_quarter.index_add_(0, query.flatten(), (turn * sin[step]).flatten(0, 1))
+            where = tuple(x[some] for x in tiles.chunk)
+            grad_k.index_put_(where, change.mT @ queries, accumulate=True)
+            grad_v.index_put_(where, weights.mT @ upstream[query], accumulate=True)
         found.append((straight, quarter))
     grad_q, grad_turned = (torch.cat(same, dim=2).to(q.dtype) for same in zip(*found, strict=True))
+    grad_k, grad_v = (x.flatten(2, 3)[:, :, :length] for x in (grad_k, grad_v))
     gradients = [grad_q, grad_turned, grad_k.to(k.dtype), grad_v.to(v.dtype)]
     if sinks is not None:
         taken = (_logits(sinks, total[..., None])[..., 0] - total).exp()  # the weight of the sink
