@@ -1,6 +1,6 @@
 """Passkeys in texts far beyond the trained length: a model as it is, and with LongHeads.
 
-    python evals/longheads.py [--model lab-llama] [--chunk 8] [--window 512] [--lengths 1024 8192]
+    python evals/longheads.py [--model lab-llama] [--chunk 16] [--window 512] [--chunk-key bounds]
 
 Each text hides a number of five digits and ends with the question for it. Counted are texts with every token of the
 answer the likeliest one, given the right tokens before it, and single tokens of the answers. Prints a table.
@@ -39,8 +39,9 @@ def answered(model: Any, generator: Any, length: int, samples: int) -> tuple[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="lab-llama")
-    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--chunk-key", default="attention", choices=["attention", "bounds"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
@@ -53,7 +54,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for length in args.lengths:
         plain = answered(model, generator, length, args.samples)
-        patchattn.patch(model, patchattn.LongHeads(chunk=args.chunk, window=args.window))
+        method = patchattn.LongHeads(chunk=args.chunk, window=args.window, chunk_key=args.chunk_key)
+        patchattn.patch(model, method)
         started = time.perf_counter()
         ours = answered(model, generator, length, args.samples)
         seconds = (time.perf_counter() - started) / args.samples

@@ -11,7 +11,8 @@ Nothing is trained.
 Differs from the published code: a token of the prompt reads its own key (`include_self`), prompt and decoding follow
 one rule (`compat="reference"` is the published decoding), so that the result does not depend on how a prompt is cut;
 chunks are counted from each row's first real token; chunks of the future are never read, whatever `begin` is; KV heads
-are shared; only the queries of the last two chunks are kept.
+are shared; only the queries of the last two chunks are kept. `chunk_key="bounds"` chooses by Quest's bounds on the keys
+of a chunk (Tang et al., 2024, https://arxiv.org/abs/2406.10774) instead.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from patchattn_kernels.chunk_select import chunk_attention, complete_chunks, select_chunks
+from patchattn_kernels.chunk_select import (
+    chunk_attention,
+    complete_bounds,
+    complete_chunks,
+    select_by_bounds,
+    select_chunks,
+)
 
 from .. import _compat
 from ..cache import PatchCacheLayer
@@ -53,6 +60,9 @@ class LongHeads(Method):
                 of them, and no longer than the model was trained on.
             begin: from this many tokens on chunks are chosen, before it all are read; a multiple of `chunk`.
                 Default: `window`.
+            chunk_key: what a query is compared with to choose chunks. "attention": one key for each head, gathered
+                from the chunk by attention inside it. "bounds": what no key of the chunk exceeds, feature by feature;
+                no chunk is missed for its other tokens, which tells small chunks apart best.
             include_self: a token reads its own key, too. The published code leaves it out where it chooses chunks in
                 a prompt, and reads it in decoding.
             compat: "reference" decodes as the published code does: a token that completes its chunk reads one chosen
@@ -63,6 +73,7 @@ class LongHeads(Method):
         chunk: int = 256
         window: int = 4096
         begin: int | None = None
+        chunk_key: str = "attention"
         include_self: bool = True
         compat: str | None = None
         offload: bool = False
@@ -78,6 +89,7 @@ class LongHeads(Method):
             if self.begin is not None:
                 self._require_int("begin", 1)
                 self._require(self.begin % self.chunk == 0, "begin", f"a multiple of chunk = {self.chunk}")
+            self._require_choice("chunk_key", ("attention", "bounds"))
             self._require(self.compat in (None, "reference"), "compat", 'None or "reference"')
             self._require(isinstance(self.include_self, bool), "include_self", "True or False")
             self._require(isinstance(self.offload, bool), "offload", "True or False")
@@ -110,7 +122,8 @@ class LongHeads(Method):
         self.selected: Tensor | None = None  # [B, H, n], the chunks that the last token of the last call read
 
     def cache_layer(self, static_length: int | None) -> ChunkLayer:
-        return ChunkLayer(self.config.chunk, self.config.offload, static_length)
+        bounds = self.config.chunk_key == "bounds"
+        return ChunkLayer(self.config.chunk, self.config.offload, bounds, static_length)
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         if ctx.dropout:
@@ -142,7 +155,8 @@ class LongHeads(Method):
         opened = (last - current * chunk + 1).clamp(min=0)
         cos, sin = ctx.turns(torch.arange(max(self.chunks, self.begin // chunk), device=q.device) * chunk)
         cos, sin = cos / cos[:1], sin / cos[:1]  # the rotary's own scale (YaRN) is in q already
-        chosen = select_chunks(ctx.q, cache.chunk_keys, current, chunks=self.chunks, dense=self.begin // chunk)
+        select = select_by_bounds if cache.bounds else select_chunks
+        chosen = select(ctx.q, cache.chunk_keys, current, chunks=self.chunks, dense=self.begin // chunk)
         self.selected = chosen[:, :, -1].clone()
         keys, values, chosen = cache.fetch(chosen)
         out = chunk_attention(
@@ -171,12 +185,12 @@ class ChunkLayer(PatchCacheLayer):
     """Keys rotated by their place in their chunk, values, a key for each complete chunk, and the latest queries.
 
     Every row holds its real tokens from the first slot on, so that a chunk has the same place in each row. One slot
-    more, the last, takes what is padding. Of the latest two chunks the queries are kept as a ring: a chunk needs them
-    when it is complete, and tokens may be given back.
+    more, the last, takes what is padding. Of the latest two chunks the queries are kept as a ring, unless keys are
+    chosen by bounds: a chunk needs them when it is complete, and tokens may be given back.
 
     Attributes:
         kept_keys, kept_values: `[B, G, slots + 1, D]`, in the main memory if offloaded.
-        chunk_keys: `[B, H, slots / chunk, D]`.
+        chunk_keys: `[B, H, slots / chunk, D]`, or the bounds `[B, G, slots / chunk, 2 * D]`.
         recent_queries: `[B, H, 2 * chunk + 1, D]`; recent_keys and recent_values likewise, only if offloaded.
         count: `[B]`, real tokens of each row; reached: `[B]`, the most there ever were.
     """
@@ -192,9 +206,9 @@ class ChunkLayer(PatchCacheLayer):
     count: Any
     reached: Any
 
-    def __init__(self, chunk: int, offload: bool, static_length: int | None = None) -> None:
+    def __init__(self, chunk: int, offload: bool, bounds: bool, static_length: int | None = None) -> None:
         super().__init__()
-        self.chunk, self.offloaded = chunk, offload
+        self.chunk, self.offloaded, self.bounds = chunk, offload, bounds
         self.static_length = self.max_cache_len = static_length
         self.is_compileable = static_length is not None
         self.reset()
@@ -241,13 +255,13 @@ class ChunkLayer(PatchCacheLayer):
                 kept[:, :, self.written : self.written + x.shape[2]] = x
             else:
                 _put(kept, x, _slots(place, kept))
-        queries = self._recent("recent_queries", q, place, after)
-        keys, values = self.kept_keys, self.kept_values
-        if self.offloaded:
-            keys, values = (
-                self._recent(name, x, place, after) for name, x in (("recent_keys", k), ("recent_values", v))
-            )
-        complete_chunks(self.chunk_keys, queries, keys, values, self.count, after, chunk=self.chunk, scale=scale)
+        keys = self._recent("recent_keys", k, place, after) if self.offloaded else self.kept_keys
+        if self.bounds:
+            complete_bounds(self.chunk_keys, keys, self.count, after, chunk=self.chunk)
+        else:
+            queries = self._recent("recent_queries", q, place, after)
+            values = self._recent("recent_values", v, place, after) if self.offloaded else self.kept_values
+            complete_chunks(self.chunk_keys, queries, keys, values, self.count, after, chunk=self.chunk, scale=scale)
         self.written += k.shape[2]
         reached = torch.maximum(self.reached, after)
         if self.static_length is None:
@@ -270,7 +284,8 @@ class ChunkLayer(PatchCacheLayer):
             if slots:
                 new[:, :, :slots] = getattr(self, name)[:, :, :slots]
             setattr(self, name, new)
-        new = q.new_zeros(*q.shape[:2], chunks, q.shape[3])
+        like, size = (k, 2 * k.shape[3]) if self.bounds else (q, q.shape[3])
+        new = like.new_zeros(*like.shape[:2], chunks, size)
         if slots:
             new[:, :, : slots // self.chunk] = self.chunk_keys
         self.chunk_keys = new
@@ -322,7 +337,7 @@ class ChunkLayer(PatchCacheLayer):
             self.kept_keys, self.kept_values = keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Give tokens back: as many as the queries that are kept allow, which is at least a chunk."""
+        """Give tokens back: at least a chunk, and any number where all that chunk keys are made of is at hand."""
         removed = _compat.tokens_to_remove(tokens_to_remove, int(self.seen))
         if removed == 0:
             return
@@ -330,11 +345,13 @@ class ChunkLayer(PatchCacheLayer):
             raise RuntimeError("a static cache cannot give tokens back (crop)")
         if self.count is not None:
             count = (self.count - removed).clamp(min=0)
-            opened = count // self.chunk * self.chunk  # from here on the queries are needed again
-            if bool((opened < self.reached - 2 * self.chunk).any()):
+            opened = count // self.chunk * self.chunk  # from here on chunk keys are made again
+            latest = self.offloaded or not self.bounds
+            if latest and bool((opened < self.reached - 2 * self.chunk).any()):
                 raise RuntimeError(
-                    f"cannot give back {removed} tokens: LongHeads keeps the queries of the latest two chunks, so it "
-                    f"can give back {self.chunk} tokens, one chunk; use a larger chunk, or decode without an assistant"
+                    f"cannot give back {removed} tokens: LongHeads keeps what chunk keys are made of for the latest "
+                    f"two chunks, so it can give back {self.chunk} tokens, one chunk; use a larger chunk, or decode "
+                    "without an assistant"
                 )
             self.count = count
         self.seen -= removed

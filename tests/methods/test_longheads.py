@@ -94,7 +94,7 @@ def test_no_token_sees_the_future(begin):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{"begin": 32}, {"chunk": 5, "window": 25}])
+@pytest.mark.parametrize("settings", [{"begin": 32}, {"chunk": 5, "window": 25}, {"chunk_key": "bounds"}])
 def test_however_a_prompt_is_cut_the_result_is_the_same(settings):
     model, ids = patched(**settings), tokens()
     wanted = model(ids, use_cache=False).logits
@@ -103,9 +103,9 @@ def test_however_a_prompt_is_cut_the_result_is_the_same(settings):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_chunks_are_counted_from_the_first_real_token_of_each_row(side):
-    model, rows = patched(), [tokens(1, length) for length in (61, 70, 33)]
+@pytest.mark.parametrize(("side", "chunk_key"), [("left", "attention"), ("right", "attention"), ("left", "bounds")])
+def test_chunks_are_counted_from_the_first_real_token_of_each_row(side, chunk_key):
+    model, rows = patched(chunk_key=chunk_key), [tokens(1, length) for length in (61, 70, 33)]
     pad = [(70 - row.shape[1], 0) if side == "left" else (0, 70 - row.shape[1]) for row in rows]
     ids = torch.cat([torch.nn.functional.pad(row, width) for row, width in zip(rows, pad, strict=True)])
     mask = (ids != 0).long()
@@ -116,7 +116,8 @@ def test_chunks_are_counted_from_the_first_real_token_of_each_row(side):
 
 
 @torch.no_grad()
-def test_grouped_heads_are_heads_with_repeated_keys():
+@pytest.mark.parametrize("chunk_key", ["attention", "bounds"])
+def test_grouped_heads_are_heads_with_repeated_keys(chunk_key):
     grouped = llama()
     single = llama(num_key_value_heads=4)
     state = grouped.state_dict()
@@ -125,7 +126,7 @@ def test_grouped_heads_are_heads_with_repeated_keys():
             state[name] = state[name].unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
     single.load_state_dict(state)
     ids = tokens()
-    close(patched(grouped)(ids).logits, patched(single)(ids).logits)
+    close(patched(grouped, chunk_key=chunk_key)(ids).logits, patched(single, chunk_key=chunk_key)(ids).logits)
 
 
 @torch.no_grad()
@@ -162,19 +163,39 @@ def test_the_published_prompt_leaves_out_the_own_key_once_chunks_are_chosen():
 
 
 @torch.no_grad()
-def test_offloaded_keys_give_the_same():
+def test_bounds_choose_the_chunks_whose_keys_could_match_best():
+    model, ids = patched(llama(num_hidden_layers=1), chunk_key="bounds"), tokens(1)
+    cache = DynamicCache(config=model.config)
+    in_parts(model, ids, [50] + [1] * 20, cache)
+    layer, method = cache.layers[0], model.model.layers[0].self_attn.patchattn[0]
+    keys = layer.kept_keys[0, :, :-1].unflatten(1, (-1, 4))[:, :17]  # of the chunks that are complete
+    found = []
+    hook = method.register_forward_pre_hook(lambda _, args: found.append(args[0].q))
+    model(torch.tensor([[9]]), past_key_values=cache)
+    hook.remove()
+    for head, q in enumerate(found[0][0, :, 0]):
+        best = torch.maximum(q * keys[head // 2].amax(dim=1), q * keys[head // 2].amin(dim=1)).sum(dim=-1)
+        assert (best[:, None] >= keys[head // 2] @ q - 1e-5).all()
+        free = best[1:16].topk(2).indices + 1
+        assert method.selected[0, head].tolist() == sorted([0, *free.tolist(), 16, 17])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk_key", ["attention", "bounds"])
+def test_offloaded_keys_give_the_same(chunk_key):
     ids = tokens()
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     for given in (None, mask):
         plain, away = (
-            in_parts(patched(offload=offload), ids, [30, 1, 20, 1, 18], mask=given) for offload in (False, True)
+            in_parts(patched(offload=offload, chunk_key=chunk_key), ids, [30, 1, 20, 1, 18], mask=given)
+            for offload in (False, True)
         )
         close(away[given.bool()] if given is not None else away, plain[given.bool()] if given is not None else plain)
 
 
 def test_offloaded_keys_are_fetched_by_the_chunks_that_are_read():
-    cache = ChunkLayer(2, True)
+    cache = ChunkLayer(2, offload=True, bounds=False)
     k = torch.arange(10.0)[None, None, :, None].expand(1, 2, 10, 3)
     place = cache.places(k, None)
     cache.write(k, k, k, place, None)
@@ -193,8 +214,19 @@ def test_tokens_can_be_given_back_up_to_a_chunk_and_then_not():
     assert cache.get_seq_length() == 47
     again = in_parts(model, ids[:, 47:], [1, 1, 21], cache)
     close(again, wanted[:, 47:])
-    with pytest.raises(RuntimeError, match="cannot give back 9 tokens: LongHeads keeps the queries of the latest two"):
+    with pytest.raises(RuntimeError, match="cannot give back 9 tokens: LongHeads keeps what chunk keys are made of"):
         cache.crop(-9)
+
+
+@torch.no_grad()
+def test_with_bounds_any_number_of_tokens_can_be_given_back():
+    model, ids = patched(chunk_key="bounds"), tokens(1)
+    wanted, cache = in_parts(model, ids, [70]), DynamicCache(config=model.config)
+    in_parts(model, ids.flip(1), [70], cache)
+    cache.crop(-70)
+    in_parts(model, ids, [60], cache)
+    cache.crop(-33)
+    close(in_parts(model, ids[:, 27:], [1, 1, 41], cache), wanted[:, 27:])
 
 
 @torch.no_grad()
@@ -272,6 +304,7 @@ def test_sinks_of_a_model_stay():
         ({"window": 24, "chunk": 8}, "window is 24; it must be a multiple of chunk = 8, at least four of them"),
         ({"begin": 30, "chunk": 8}, "begin is 30; it must be a multiple of chunk = 8"),
         ({"chunk": 0}, "chunk is 0; it must be an integer of at least 1"),
+        ({"chunk_key": "mean"}, "chunk_key is 'mean'; it must be one of 'attention', 'bounds'"),
         ({"compat": "official"}, "compat is 'official'; it must be None or \"reference\""),
         ({"offload": 1}, "offload is 1; it must be True or False"),
     ],

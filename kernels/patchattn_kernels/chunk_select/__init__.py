@@ -15,11 +15,12 @@ from ..dispatch import use_triton
 from .reference import (
     chunk_attention_backward_reference,
     chunk_attention_reference,
+    complete_bounds_reference,
     complete_chunks_reference,
     select_chunks_reference,
 )
 
-__all__ = ["chunk_attention", "complete_chunks", "select_chunks"]
+__all__ = ["chunk_attention", "complete_bounds", "complete_chunks", "select_by_bounds", "select_chunks"]
 
 NAME = "chunk_select"
 LARGEST_CHUNK = 1 << 16  # bytes of keys that the kernel of chunk keys holds at once
@@ -47,14 +48,28 @@ def complete_chunks(
         before, after: `[B]`, tokens that each row had before the call and has now.
         scale: on the scores; None means D ** -0.5.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if (x.shape[2] - 1) % chunk:
-            raise ValueError(f"complete_chunks: {name} has {x.shape[2] - 1} slots and one more; the slots must be a "
-                             f"multiple of chunk, {chunk}")  # fmt: skip
+    _require_slots("complete_chunks", chunk, q=q, k=k, v=v)
     if k.shape[3] != v.shape[3]:
         raise ValueError(f"complete_chunks: keys have {k.shape[3]} features and values {v.shape[3]}; they must be as "
                          "many, since what is gathered from the values is matched with the keys")  # fmt: skip
     _complete(chunk_keys, q.detach(), k.detach(), v.detach(), before, after, chunk, _scale(q, scale))
+
+
+@torch.no_grad()
+def complete_bounds(bounds: Tensor, k: Tensor, before: Tensor, after: Tensor, *, chunk: int) -> None:
+    """Write into `bounds` `[B, G, chunks, 2 * D]` what no key of a chunk exceeds, for every chunk a call completed.
+
+    For each feature the largest of the chunk, then for each the smallest. `k`, `before` and `after` are as for
+    `complete_chunks`.
+    """
+    _require_slots("complete_bounds", chunk, k=k)
+    _bound(bounds, k.detach(), before, after, chunk)
+
+
+def select_by_bounds(q: Tensor, bounds: Tensor, current: Tensor, *, chunks: int, dense: int | None = None) -> Tensor:
+    """As `select_chunks`, by the largest product that a key within a chunk's `bounds` could have with the query."""
+    q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
+    return select_chunks(q, bounds, current, chunks=chunks, dense=dense)
 
 
 @torch.no_grad()
@@ -66,7 +81,8 @@ def select_chunks(q: Tensor, chunk_keys: Tensor, current: Tensor, *, chunks: int
 
     Args:
         q: `[B, H, T, D]`, not rotated.
-        chunk_keys: `[B, H, any number, D]`; only those of chunks before the last but one are looked at.
+        chunk_keys: `[B, H or fewer, any number, D]`, shared evenly by the heads of `q`; only those of chunks before
+            the last but one are looked at.
         current: `[B, T]`, the chunk each token is in; -1 for padding, which reads nothing.
         dense: tokens of the first `dense` chunks read all there are; default: `chunks`, where no choice is needed.
     """
@@ -115,6 +131,13 @@ def chunk_attention(
     return _attend(*arguments, chunk, _scale(q, scale), softcap)[0]
 
 
+def _require_slots(who: str, chunk: int, **rings: Tensor) -> None:
+    for name, x in rings.items():
+        if (x.shape[2] - 1) % chunk:
+            raise ValueError(f"{who}: {name} has {x.shape[2] - 1} slots and one more; the slots must be a multiple of "
+                             f"chunk, {chunk}")  # fmt: skip
+
+
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -139,6 +162,21 @@ def _complete(
             in_triton(chunk_keys, q, k, v, before, after, chunk, scale)
     else:
         complete_chunks_reference(chunk_keys, q, k, v, before, after, chunk, scale)
+
+
+@torch.library.custom_op(
+    "patchattn::complete_bounds",
+    mutates_args=("bounds",),
+    schema="(Tensor(a!) bounds, Tensor k, Tensor before, Tensor after, int chunk) -> ()",
+)
+def _bound(bounds: Tensor, k: Tensor, before: Tensor, after: Tensor, chunk: int) -> None:
+    if use_triton(NAME, k):
+        from .kernels import complete_bounds as in_triton
+
+        with torch.cuda.device_of(k):
+            in_triton(bounds, k, before, after, chunk)
+    else:
+        complete_bounds_reference(bounds, k, before, after, chunk)
 
 
 @torch.library.custom_op(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..check import Case
-from . import chunk_attention, complete_chunks, select_chunks
+from . import chunk_attention, complete_bounds, complete_chunks, select_chunks
 
 CHUNK, CHUNKS = 5, 4
 
@@ -93,6 +93,29 @@ def _keys(chunk: int) -> Case:
     return Case(f"keys of chunks of {chunk}", inputs, run, formula)
 
 
+def _bounds(chunk: int) -> Case:
+    """Bounds of the keys of the chunks that a call completes, in two rows."""
+    groups, size = 2, 24
+
+    def inputs(generator: torch.Generator) -> dict[str, Any]:
+        k = torch.randn(2, groups, 4 * chunk + 1, size, generator=generator, device=generator.device)
+        before, after = (torch.tensor(x, device=k.device) for x in ([chunk + 1, 0], [4 * chunk, chunk]))
+        return {"k": k, "before": before, "after": after}
+
+    def run(k: Tensor, **given: Any) -> Tensor:
+        bounds = torch.zeros(2, groups, 4, 2 * size, dtype=k.dtype, device=k.device)
+        complete_bounds(bounds, k, chunk=chunk, **given)
+        return bounds
+
+    def formula(k: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        keys = k[:, :, :-1].unflatten(2, (4, chunk))
+        index = torch.arange(4, device=k.device)
+        done = (index >= before[:, None] // chunk) & (index < after[:, None] // chunk)
+        return torch.cat([keys.amax(dim=3), keys.amin(dim=3)], dim=-1) * done[:, None, :, None]
+
+    return Case(f"bounds of chunks of {chunk}", inputs, run, formula)
+
+
 CASES = (
     _attention(9, sinks=True),
     _attention(33, softcap=2.0),
@@ -100,4 +123,6 @@ CASES = (
     _attention(1),
     _keys(5),
     _keys(16),
+    _bounds(5),
+    _bounds(40),
 )

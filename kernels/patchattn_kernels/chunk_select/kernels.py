@@ -31,6 +31,7 @@ class Tiles(NamedTuple):
 
 # By bits of a number. Float32 is multiplied in three parts, which keeps its precision.
 ATTEND = {16: Tiles(64, 64, 8, 2), 32: Tiles(16, 32, 4, 1)}
+BOUNDS = Tiles(0, 32, 4, 2)
 COMPLETE = {16: Tiles(16, 0, 8, 1), 32: Tiles(16, 0, 8, 1)}
 DECODE = Tiles(1, 32, 4, 2)
 
@@ -93,6 +94,30 @@ def _weights(q, k, keep, scale, PRECISION: tl.constexpr):
     scores = tl.where(keep[None, :], scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["slots", "chunks"])
+def bounds_kernel(
+    out_ptr, k_ptr, before_ptr, after_ptr, slots, chunks,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """A program owns one chunk of one KV head, of which there are HEADS, if the call completed it."""
+    batch, head = tl.program_id(1) // HEADS, tl.program_id(1).to(tl.int64)
+    chunk = tl.load(before_ptr + batch) // CHUNK + tl.program_id(0)
+    if chunk >= tl.load(after_ptr + batch) // CHUNK:
+        return
+    columns, inside = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    base = k_ptr + head * (slots + 1) * D
+    largest = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    smallest = tl.full([BLOCK_D], float("inf"), tl.float32)
+    for start in range(0, CHUNK, BLOCK_S):
+        keep = start + inside < CHUNK
+        k = _load(base, chunk * CHUNK % slots + start + inside, columns, keep, D, True)
+        largest = tl.maximum(largest, tl.max(tl.where(keep[:, None], k, float("-inf")), 0))
+        smallest = tl.minimum(smallest, tl.min(tl.where(keep[:, None], k, float("inf")), 0))
+    out = out_ptr + (head * chunks + chunk) * 2 * D
+    tl.store(out + columns, largest.to(out_ptr.dtype.element_ty), mask=columns < D)
+    tl.store(out + D + columns, smallest.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
 # ---- attention to chosen chunks, a tile of queries at a time ------------------------------------------------
@@ -263,6 +288,15 @@ def complete_chunks(
     )  # fmt: skip
 
 
+def complete_bounds(bounds: Tensor, k: Tensor, before: Tensor, after: Tensor, chunk: int) -> None:
+    k, (rows, groups, slots, size) = k.contiguous(), k.shape
+    most = min(bounds.shape[2], (slots - 1) // chunk)  # that a call can complete
+    bounds_kernel[most, rows * groups](
+        bounds, k, before, after, slots - 1, bounds.shape[2], CHUNK=chunk, HEADS=groups, D=size, BLOCK_D=_block(size),
+        BLOCK_S=min(_block(chunk), BOUNDS.keys), num_warps=BOUNDS.num_warps, num_stages=BOUNDS.num_stages,
+    )  # fmt: skip
+
+
 def chunk_attention(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, selected: Tensor, opened: Tensor,
     sinks: Tensor | None, chunk: int, scale: float, softcap: float | None,
@@ -316,7 +350,7 @@ def _static() -> Iterator[Compile]:
     types |= {f"{name}_ptr": "*fp32:16" for name in ("cos", "sin", "total", "part", "parts_total")}
     types |= {f"{name}_ptr": "*i64:16" for name in ("opened", "current", "before", "after")}
     types |= {f"{name}_ptr": "*i32:16" for name in ("selected", "union", "sizes")}
-    types |= dict.fromkeys(("T", "S", "n", "stored", "chunks", "q_slots", "k_slots", "v_slots"), "i32")
+    types |= dict.fromkeys(("T", "S", "n", "stored", "chunks", "slots", "q_slots", "k_slots", "v_slots"), "i32")
     types |= dict.fromkeys(("stride_k", "stride_v"), "i32:16")
     types |= dict(scale="fp32", softcap="fp32")
     shared = dict(CHUNK=256, HEADS=32, GROUP=4, D=128, BLOCK_D=128, BLOCK_N=16, SOFTCAP=True, UPCAST=False)
@@ -340,6 +374,7 @@ def _static() -> Iterator[Compile]:
             )
     for dtype in ("bf16", "fp32"):
         yield _entry("decode D128", decode_kernel, types, {**shared, "BLOCK_S": DECODE.keys}, DECODE, "none", dtype)
+        yield _entry("bounds D128", bounds_kernel, types, {**shared, "BLOCK_S": BOUNDS.keys}, BOUNDS, "none", dtype)
         yield _entry("merge D128", merge_kernel, types, shared, Tiles(1, 0, 4, 3), "none", dtype)
 
 
