@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
 # By bits of a number. Float32 is multiplied in three parts, which keeps its precision.
 ATTEND = {16: Tiles(64, 64, 8, 2), 32: Tiles(16, 32, 4, 1)}
-BOUNDS = Tiles(0, 32, 4, 2)
+BOUNDS = Tiles(0, 16, 4, 2)
 COMPLETE = {16: Tiles(16, 0, 8, 1), 32: Tiles(16, 0, 8, 1)}
 DECODE = Tiles(1, 32, 4, 2)
 
