@@ -16,6 +16,7 @@ from ._lazy import after_import
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "aux_loss": "living",
     "cache_bytes": "cache",
     "disabled": "living",
     "explain": "explanation",
@@ -43,7 +44,9 @@ __all__ = [
     "LongHeads",
     "Method",
     "MethodConfig",
+    "MoH",
     "__version__",
+    "aux_loss",
     "cache_bytes",
     "disabled",
     "explain",
@@ -66,12 +69,13 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .hub import load, push, save
     from .inspection import inspect
-    from .living import disabled, freeze_base, patch_parameters, settings
+    from .living import aux_loss, disabled, freeze_base, patch_parameters, settings
     from .method import Method, MethodConfig, register, runtime
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention
     from .methods.gated_attention import GatedAttention
     from .methods.longheads import LongHeads
+    from .methods.moh import MoH
     from .methods.var import VAR
 
 

@@ -23,13 +23,13 @@ from .reading import forward_function, read_forward
 from .record import ConfigCopy, Patch, attachment_of, patch_of, record_of, root_of
 from .running import (
     IMPLEMENTATION,
-    Projection,
     Residual,
     after_attention,
     after_model,
     attention_function,
     before_attention,
     before_model,
+    capture_projections,
     register,
 )
 from .sites import Site, default_sites, find_sites, select
@@ -240,9 +240,10 @@ def _capture(root: nn.Module, site: Site) -> None:
             parent = root.get_submodule(site.name.rpartition(".")[0])
             parent.register_forward_pre_hook(Residual(attachment), with_kwargs=True)
         elif isinstance(getattr(module, need, None), nn.Module):
-            getattr(module, need).register_forward_hook(Projection(attachment, need))
+            attachment.projections.append(need)
         else:
             raise ValueError(f"{site.name} has no projection {need!r}, which {methods[0].name} needs")
+    capture_projections(module, attachment)
 
 
 def _base_function(module: nn.Module, base: str) -> Any:
@@ -335,9 +336,8 @@ def _remove(root: nn.Module, record: Patch) -> None:
         module = site.module
         if site.family == "diffusers":
             diffusers.detach(site)
-        _drop_hooks(module)
-        for child in module.children():
-            _drop_hooks(child)
+        for part in module.modules():  # also what adapters have been wrapped around
+            _drop_hooks(part)
         if "." in site.name:
             _drop_hooks(root.get_submodule(site.name.rpartition(".")[0]))
         module.__dict__.pop("_patchattn", None)

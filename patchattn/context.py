@@ -40,6 +40,7 @@ class Attachment:
         self.rotary_embedding: nn.Module | None = None
         self.splits_rotary = False  # the module rotates only the first part of a head
         self.context: AttentionContext | None = None  # between the pre-hook and the attention call
+        self.projections: list[str] = []  # whose raw outputs are captured
         self.captured: dict[str, Any] = {}
         self.model_inputs: ModelInputs | None = None
         self.remembered: Any = None  # by the rotary of each forward in training, what came with it

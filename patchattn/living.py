@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .attach import own_state
@@ -98,6 +99,28 @@ def patch_state(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: tensor for site in sites for name, tensor in own_state(site, attachment_of(site.module).methods).items()
     }
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """What the methods add to the loss of the last forward, by name: each the mean over the layers that have it.
+
+    The terms are weighted already, and given once: asked again before the next forward, there are none.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for site in record_of(model).patched:
+        for method in attachment_of(site.module).methods:
+            for name, value in method.auxiliary_losses().items():
+                found.setdefault(name, []).append(value)
+    return {name: _stacked(values).mean() for name, values in found.items()}
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The sum of `auxiliary_losses`, to be added to the loss while training; 0 if there are none."""
+    return _stacked(list(auxiliary_losses(model).values()) or [torch.zeros(())]).sum()
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.to(values[0].device) for value in values])  # layers may be on different devices
 
 
 def freeze_base(model: Model) -> Model:

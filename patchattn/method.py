@@ -11,6 +11,7 @@ from importlib import import_module, metadata
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -99,9 +100,10 @@ class Method(nn.Module):
     summary: ClassVar[str] = ""  # what it is for, in one line
     trained: ClassVar[bool] = False  # whether it needs training to be of use
     rotary: str = "applied"  # "raw": q and k arrive before rotary, the method rotates them itself
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "residual", "model_inputs", and projection names
+    needs: frozenset[str] = frozenset()  # of "residual", "model_inputs", and projection names
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings that `inspect` shows beside each other
     exact: ClassVar[bool] = False  # computes what the unpatched model computes, for every setting
+    chooses: ClassVar[bool] = False  # by comparing scores, so that rounding may move a few tokens' results in jumps
     example: ClassVar[dict[str, Any]] = {}  # settings that make sense on a toy model of a few dozen tokens
     transfer_kinds: ClassVar[tuple[str, ...]] = ("output",)  # losses it can be transferred with, its own choice first
 
@@ -114,6 +116,7 @@ class Method(nn.Module):
         if not isinstance(config, self.Config):
             raise TypeError(f"{type(self).__name__}: config is a {type(config).__name__}; it must be its own Config")
         self.config = config
+        self._losses: dict[str, Tensor] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -161,8 +164,17 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} has no block map")
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Further loss terms of the last forward while training, by name: load balance, sparsity, ..."""
-        return {}
+        """Further loss terms of the last forward while training, by name, weighted; given once."""
+        terms, self._losses = self._losses, {}
+        return terms
+
+    def add_loss(self, **terms: Tensor) -> None:
+        """Note terms of this forward for `auxiliary_losses`: load balance, sparsity, ...
+
+        What gradient checkpointing runs a second time, in the backward pass, counts for nothing.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self._losses = {**self._losses, **terms}
 
     def report(self) -> dict[str, Any]:
         """What happened in the last call, for `patchattn.explain`."""

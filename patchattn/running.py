@@ -75,6 +75,7 @@ def before_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> An
             break
     if cache is not None:
         _note_cache(ctx, attachment, cache)
+    capture_projections(module, attachment)
     if module.training and attachment.methods and not torch.compiler.is_compiling():
         _remember(attachment, kwargs.get("position_embeddings"))
     if attachment.raw:
@@ -201,6 +202,16 @@ class Projection:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.attachment.captured[self.name] = output
+
+
+def capture_projections(module: nn.Module, attachment: Attachment) -> None:
+    """Note the outputs of the projections as they are now: adapters may have been wrapped around them since."""
+    if torch.compiler.is_compiling():
+        return
+    for name in attachment.projections:
+        projection = getattr(module, name)
+        if not any(isinstance(hook, Projection) for hook in projection._forward_hooks.values()):
+            projection.register_forward_hook(Projection(attachment, name))
 
 
 def before_model(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

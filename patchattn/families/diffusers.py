@@ -28,6 +28,7 @@ from torch.nn import functional
 from ..context import Attachment, AttentionContext
 from ..masks import Given
 from ..method import Method
+from ..running import capture_projections
 from ..sites import Site, _first_int
 
 SDPA, DISPATCH = "F.scaled_dot_product_attention", "dispatch_attention_fn"
@@ -312,6 +313,7 @@ def _call(self: PatchedProcessor, attn: nn.Module, *args: Any, **kwargs: Any) ->
     ctx.text_states = None if text is states else text  # some models say self-attention that way
     ctx.text_first = self.reading.text_first
     attachment.context = ctx
+    capture_projections(attn, attachment)
     return self.run(self.original, attn, *args, **kwargs)
 
 

@@ -149,13 +149,9 @@ class GatedAttention(Method):
         if not torch.compiler.is_compiling():
             self._last_gate = gate.detach()
         if self.training and self.config.gate_penalty:
-            self._penalty = self.config.gate_penalty * gate.mean()
+            self.add_loss(gate=self.config.gate_penalty * gate.mean())
         mixed = out.float() * gate if self.config.combine == "multiply" else out.float() + gate
         return mixed.to(out.dtype)
-
-    def auxiliary_losses(self) -> dict[str, Tensor]:
-        penalty = self.__dict__.pop("_penalty", None)
-        return {} if penalty is None else {"gate": penalty}
 
     def report(self) -> dict[str, Any]:
         gate = self.__dict__.get("_last_gate")

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .. import duo
 from ..context import first_token_mass
-from ..living import disabled, watching
+from ..living import auxiliary_losses, disabled, watching
 from ..record import attachment_of, patch_of, record_of, root_of
 from .tasks import IGNORED
 
@@ -101,8 +101,6 @@ class EndToEnd:
         self.weights = {**(stage.losses or stage.DEFAULT_LOSSES)}
         self.distils = any(self.weights.get(term, 0) for term in ("logits", "hidden"))
         self.hidden = bool(self.weights.get("hidden", 0))
-        root = root_of(model)
-        self.methods = [method for site in _patched(root) for method in attachment_of(site.module).methods]
 
     def __call__(self, model: nn.Module, batch: Batch, share: float, count: Any, backward: Backward | None) -> Terms:
         inputs = self.task.inputs(batch)
@@ -124,9 +122,9 @@ class EndToEnd:
                 terms["hidden"] = _error(outputs.hidden_states[-1], teacher.hidden_states[-1], chosen) * share
         if sinks:
             terms["sink"] = torch.stack(sinks).mean() * share
-        if self.weights.get("auxiliary"):
-            for name, values in self._auxiliary().items():
-                terms[name] = torch.stack(values).mean() * share * self.weights["auxiliary"]
+        if self.weights.get("auxiliary") and patch_of(self.model) is not None:
+            for name, value in auxiliary_losses(self.model).items():
+                terms[name] = value * share * self.weights["auxiliary"]
         return {name: term * self.weights.get(name, 1.0) for name, term in terms.items()}
 
     def size(self, batch: Batch) -> int:
@@ -173,13 +171,6 @@ class EndToEnd:
             own.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True
         ).sum(dim=-1)
         return divergence.mean() * self.stage.temperature**2
-
-    def _auxiliary(self) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {}
-        for method in self.methods:
-            for name, value in method.auxiliary_losses().items():
-                found.setdefault(name, []).append(value)
-        return found
 
 
 def _error(own: Tensor, teacher: Tensor, chosen: Tensor | None) -> Tensor:
