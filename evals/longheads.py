@@ -1,6 +1,6 @@
 """Passkeys in texts far beyond the trained length: a model as it is, and with LongHeads.
 
-    python evals/longheads.py [--model lab-llama] [--chunk 16] [--window 512] [--chunk-key bounds]
+    python evals/longheads.py [--model lab-llama] [--chunk 16 64] [--window 512] [--lengths 1024 8192]
 
 Each text hides a number of five digits and ends with the question for it. Counted are texts with every token of the
 answer the likeliest one, given the right tokens before it, and single tokens of the answers. Prints a table.
@@ -9,6 +9,7 @@ answer the likeliest one, given the right tokens before it, and single tokens of
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from typing import Any
 
@@ -39,29 +40,34 @@ def answered(model: Any, generator: Any, length: int, samples: int) -> tuple[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="lab-llama")
-    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--chunk", type=int, nargs="+", default=[16])
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--chunk-key", default="attention", choices=["attention", "bounds"])
+    parser.add_argument("--chunk-key", nargs="+", default=["attention", "bounds"], choices=["attention", "bounds"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
+    settings = [
+        patchattn.LongHeads(chunk=chunk, window=args.window, chunk_key=key)
+        for chunk, key in itertools.product(args.chunk, args.chunk_key)
+    ]
     folder = lab.resolve(args.model)
     model = load_model(folder, dtype="float32").eval()
     generator = synthetic.make("passkey", AutoTokenizer.from_pretrained(folder), 1)
     print(
-        "| tokens | as it is: answers | tokens of answers | LongHeads: answers | tokens of answers | seconds a text |"
+        "| tokens | model | answers | tokens of answers | seconds a text |\n| --- | --- | --- | --- | --- |", flush=True
     )
-    print("| --- | --- | --- | --- | --- | --- |")
     for length in args.lengths:
-        plain = answered(model, generator, length, args.samples)
-        method = patchattn.LongHeads(chunk=args.chunk, window=args.window, chunk_key=args.chunk_key)
-        patchattn.patch(model, method)
-        started = time.perf_counter()
-        ours = answered(model, generator, length, args.samples)
-        seconds = (time.perf_counter() - started) / args.samples
-        patchattn.unpatch(model)
-        row = " | ".join(f"{share:.0%}" for share in (*plain, *ours))
-        print(f"| {length} | {row} | {seconds:.1f} |", flush=True)
+        for method in (None, *settings):
+            name = "as it is"
+            if method is not None:
+                name = f"chunks of {method.config.chunk}, by {method.config.chunk_key}"
+                patchattn.patch(model, method)
+            started = time.perf_counter()
+            whole, single = answered(model, generator, length, args.samples)
+            seconds = (time.perf_counter() - started) / args.samples
+            print(f"| {length} | {name} | {whole:.0%} | {single:.0%} | {seconds:.1f} |", flush=True)
+            if method is not None:
+                patchattn.unpatch(model)
 
 
 if __name__ == "__main__":
