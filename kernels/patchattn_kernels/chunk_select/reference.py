@@ -60,29 +60,21 @@ def represent(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def select_chunks_reference(q: Tensor, chunk_keys: Tensor, current: Tensor, chunks: int, dense: int) -> Tensor:
-    count = chunk_keys.shape[2]
-    free, shared = min(max(chunks, dense) - 3, count), chunk_keys.float().mT
-    size = max(1, BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * count))
-    index = torch.arange(count, device=q.device)
-    blocks = []
-    for some, here in zip(q.split(size, dim=2), current.split(size, dim=1), strict=True):
-        grouped = some.float().unflatten(1, (chunk_keys.shape[1], -1)).flatten(2, 3)
-        scores = (grouped @ shared).view(*some.shape[:3], count)
-        here = here[:, None, :, None]
-        best, found = scores.masked_fill((index < 1) | (index > here - 2), float("-inf")).topk(free, dim=-1)
-        allowed = torch.where(here < dense, free, chunks - 3)
-        blocks.append(found.where((best > float("-inf")) & (torch.arange(free, device=q.device) < allowed), -1))
-    return with_forced(torch.cat(blocks, dim=2), current, max(chunks, dense))
-
-
-def with_forced(free: Tensor, current: Tensor, width: int) -> Tensor:
-    """The free choices `[B, H, T, n]` (-1: none), and the first, the last but one and the current chunk: ascending."""
+    count, width = chunk_keys.shape[2] + 2, max(chunks, dense)  # the last two chunks may have no key yet
+    size = max(1, BLOCK_ELEMENTS // (q.shape[0] * q.shape[1] * count))
+    index, shared = torch.arange(count, device=q.device), chunk_keys.float().mT
     none = torch.iinfo(torch.int32).max
-    here = current[:, None, :, None].expand(-1, free.shape[1], -1, -1)
-    first, neighbour, own = torch.zeros_like(here).where(here >= 0, none), here - 1, here
-    lists = [first, free.where(free >= 0, none), neighbour.where(here >= 2, none), own.where(here >= 1, none)]
-    chosen = torch.cat(lists, dim=-1).int().sort(dim=-1).values
-    return functional.pad(chosen.where(chosen < none, -1), (0, width - chosen.shape[-1]), value=-1)
+    blocks = []
+    for some, here in zip(q.split(size, dim=2), current[:, None, :, None].split(size, dim=2), strict=True):
+        grouped = some.float().unflatten(1, (shared.shape[1], -1)).flatten(2, 3)
+        scores = functional.pad(grouped @ shared, (0, 2)).view(*some.shape[:3], count)
+        scores = scores.masked_fill((index < 1) | (index > here - 2), float("inf"))  # the first and the last two
+        best, found = scores.masked_fill(index > here, float("-inf")).topk(min(width, count), dim=-1)
+        allowed = torch.where(here < dense, width, chunks)
+        read = (best > float("-inf")) & (index[: best.shape[3]] < allowed)
+        chosen = found.int().where(read, none).sort(dim=-1).values
+        blocks.append(functional.pad(chosen.where(chosen < none, -1), (0, width - chosen.shape[3]), value=-1))
+    return torch.cat(blocks, dim=2)
 
 
 def chunk_attention_reference(
@@ -117,8 +109,8 @@ def _blocks(selected: Tensor, opened: Tensor, *others: Tensor) -> Iterator[tuple
 
 
 def _steps(selected: Tensor) -> Tensor:
-    """How many chunks each chosen chunk lies before the query's own: `[B, H, T, n]`, negative where there is none."""
-    return (selected >= 0).sum(dim=-1, keepdim=True) - 1 - torch.arange(selected.shape[3], device=selected.device)
+    """How many chunks each chosen chunk lies before the query's own: `[..., n]`, negative where there is none."""
+    return (selected >= 0).sum(dim=-1, keepdim=True) - torch.arange(1, selected.shape[-1] + 1, device=selected.device)
 
 
 def _readable(selected: Tensor, steps: Tensor, opened: Tensor, chunk: int) -> Tensor:
@@ -218,28 +210,33 @@ def _one_token(
     """The same for one query a row, whose chunks are gathered and read at once."""
     rows, heads, group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
     k, v = (_chunks(x, chunk) for x in (k, v))
-    steps = _steps(selected)
-    readable = _readable(selected, steps, opened, chunk)[:, :, 0, :, None]
-    step, chosen = steps[:, :, 0].clamp(min=0), selected[:, :, 0].clamp(min=0, max=k.shape[2] - 1)
-    q = q.float() * cos[step] + turned.float() * sin[step]  # [B, H, n, D]
+    chosen = selected[:, :, 0]
+    step = _steps(chosen)
+    readable = step[..., :1] * chunk + opened[:, :, None]  # [B, H, 1], of the chosen chunks side by side
+    step, chosen = step.clamp(min=0), chosen.clamp(min=0, max=k.shape[2] - 1)
+    q = (q.float() * cos[step] + turned.float() * sin[step])[..., None, :].mT  # [B, H, n, D, 1]
+    pairs = [(b, h, h // group) for b in range(rows) for h in range(heads)]
     # One head's chunks at a time, gathered to one place, which stays in the processor's cache.
-    gathered_k, gathered_v = (x.new_empty(chosen.shape[2], chunk, x.shape[4]) for x in (k, v))
-    pairs = [(b, h) for b in range(rows) for h in range(heads)]
+    gathered = k.new_empty(chosen.shape[2], chunk, k.shape[4])
     products = []
-    for b, h in pairs:
-        torch.index_select(k[b, h // group], 0, chosen[b, h], out=gathered_k)
-        products.append(q[b, h, :, None] @ gathered_k.float().mT)
-    scores = _capped(torch.stack(products).view(rows, heads, -1, chunk) * scale, softcap)
-    hidden = torch.arange(chunk, device=q.device) >= readable
-    scores = scores.masked_fill(hidden, float("-inf")).flatten(2)  # [B, H, n * chunk]
+    for b, h, g in pairs:
+        torch.index_select(k[b, g], 0, chosen[b, h], out=gathered)
+        products.append(gathered.float() @ q[b, h])
+    scores = _capped(torch.stack(products).view(rows, heads, -1) * scale, softcap)  # [B, H, n * chunk]
+    scores = scores.masked_fill(torch.arange(scores.shape[2], device=q.device) >= readable, float("-inf"))
     everything = scores if sinks is None else torch.cat([scores, sinks.float()[:, None].expand(rows, -1, 1)], dim=-1)
     total = everything.logsumexp(dim=-1, keepdim=True)
     weights = (scores - total.clamp(min=torch.finfo(torch.float).min)).exp()  # padding reads nothing
-    out = []
-    for b, h in pairs:
-        torch.index_select(v[b, h // group], 0, chosen[b, h], out=gathered_v)
-        out.append(weights[b, h] @ gathered_v.float().flatten(0, 1))
-    return torch.stack(out).view(rows, heads, 1, -1), total
+    tokens = (chosen[..., None] * chunk + torch.arange(chunk, device=q.device)).flatten(2)
+    out = torch.stack([_weighted(v[b, g], chosen[b, h], tokens[b, h], weights[b, h]) for b, h, g in pairs])
+    return out.view(rows, heads, 1, -1), total
+
+
+def _weighted(v: Tensor, chosen: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of the tokens of some chunks: `[chunks, chunk, D]`, `[n]`, twice `[n * chunk]`, to `[D]`."""
+    if v.dtype == torch.float:  # needs no copy of them
+        return functional.embedding_bag(tokens[None], v.flatten(0, 1), mode="sum", per_sample_weights=weights[None])[0]
+    return weights @ v.index_select(0, chosen).float().flatten(0, 1)
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
