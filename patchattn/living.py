@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import own_state
-from .method import describe
+from .method import Method, describe
 from .record import attachment_of, record_of, root_of
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def settings(model: nn.Module, **changes: Any) -> Iterator[nn.Module]:
     Only the fields that a method declares as run-time settings may change; every method that has a field of
     that name takes the new value.
     """
-    record = record_of(model)
-    methods = [method for site in record.patched for method in attachment_of(site.module).methods]
+    methods = methods_on(model)
     allowed = sorted({name for method in methods for name in method.config.runtime_fields()})
     for name in changes:
         if name not in allowed:
@@ -101,16 +100,20 @@ def patch_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def methods_on(model: nn.Module) -> list[Method]:
+    """The methods on all patched layers, in the order of the model."""
+    return [method for site in record_of(model).patched for method in attachment_of(site.module).methods]
+
+
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     """What the methods add to the loss of the last forward, by name: each the mean over the layers that have it.
 
     The terms are weighted already, and given once: asked again before the next forward, there are none.
     """
     found: dict[str, list[Tensor]] = {}
-    for site in record_of(model).patched:
-        for method in attachment_of(site.module).methods:
-            for name, value in method.auxiliary_losses().items():
-                found.setdefault(name, []).append(value)
+    for method in methods_on(model):
+        for name, value in method.auxiliary_losses().items():
+            found.setdefault(name, []).append(value)
     return {name: _stacked(values).mean() for name, values in found.items()}
 
 

@@ -15,6 +15,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..living import methods_on, settings
+
 METRICS = "metrics.jsonl"
 
 
@@ -79,6 +81,30 @@ class StopCallback(TrainerCallback):
             wanted = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
         if wanted and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+
+class RampCallback(TrainerCallback):
+    """Moves run-time settings of the methods from a first value to their own; between steps they have their own."""
+
+    def __init__(self, model: Any, first: dict[str, float], share: float) -> None:
+        self.model, self.first, self.share = model, first, share
+        self.own = {name: own for method in methods_on(model) for name, own in vars(method.config).items()
+                    if name in first}  # fmt: skip
+        self.changed = contextlib.ExitStack()
+        with settings(model, **first):  # an error about them comes before the first step
+            pass
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        left = max(0.0, 1 - state.global_step / (self.share * state.max_steps))
+        if left:
+            values = {name: own + left * (self.first[name] - own) for name, own in self.own.items()}
+            self.changed.enter_context(settings(self.model, **values))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.changed.close()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.changed.close()
 
 
 class MetricsCallback(TrainerCallback):

@@ -27,7 +27,7 @@ from torch import nn
 
 from .. import __version__
 from ..environment import environment, peak_memory
-from .callbacks import METRICS, MetricsCallback, Stop, StopCallback, last_values
+from .callbacks import METRICS, MetricsCallback, RampCallback, Stop, StopCallback, last_values
 from .recipe import fingerprint, to_yaml
 from .schema import AttentionTransfer, DataSpec, IdentifyHeads, Recipe, Stage
 from .tasks import Denoising
@@ -185,6 +185,8 @@ class _Conversion:
         stopping = StopCallback(self.stop, trainer.accelerator, getattr(prepared.objective, "before_step", None))
         metrics = MetricsCallback(self.folder, index, stage.kind, per_step, unit)
         _replace_progress(trainer, stopping, metrics)
+        if stage.ramps:
+            trainer.add_callback(RampCallback(prepared.model, stage.ramps, stage.ramp_share))
         learning = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
         self.say(f"stage {index} {stage.kind}: {args.max_steps} steps, {learning:,} parameters learn")
         with self.process.main_process_first():  # it removes what was cut short

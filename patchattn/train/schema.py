@@ -145,6 +145,9 @@ class Stage:
     learning_rate: float = setting("at its highest", 1e-3, above=0)
     length: int | None = setting("tokens in a sample, in this stage", None, least=8)
     rates: dict[str, float] = setting("factors on the learning rate, by glob over parameter names", {})
+    ramps: dict[str, float] = setting("run-time settings of the methods that begin at this value and move, step by "
+                                      "step, to that of the patch", {})  # fmt: skip
+    ramp_share: float = setting("share of the steps in which they do", 0.33, above=0, most=1)
     data: DataSpec | None = setting("other data for this stage", None)
     trainer: dict[str, Any] = setting("any other field of transformers' TrainingArguments", {})
 

@@ -408,6 +408,27 @@ def test_accumulated_batches_give_the_gradients_of_one_large_batch(base: Path, t
     torch.testing.assert_close(tensors(tmp_path / "small"), tensors(tmp_path / "large"), rtol=1e-4, atol=1e-5)
 
 
+def test_ramps_move_a_setting_to_that_of_the_patch_and_leave_it_there(base: Path, tmp_path: Path, monkeypatch: Any):
+    seen: list[float] = []
+    plain = patchattn.MoH.forward
+
+    def forward(self: Any, ctx: Any) -> Any:
+        if self.training:
+            seen.append(self.config.extra)
+        return plain(self, ctx)
+
+    monkeypatch.setattr(patchattn.MoH, "forward", forward)
+    moh = {"method": "moh", "router": "linear", "shared": 1, "top_k": 2}
+    stages = [{"kind": "distill", "steps": 6, "batch_size": 2, "ramps": {"extra": 1.0}, "ramp_share": 0.5}]
+    run(recipe_of(base, tmp_path / "out", stages, patch=moh), tmp_path)
+    assert seen[::2] == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0, 0.0, 0.0])  # two layers
+    settings = json.loads((tmp_path / "out" / "patchattn_config.json").read_text())
+    assert settings["plan"][0]["methods"][0]["extra"] == 0.0
+    stages[0]["ramps"] = {"extras": 1.0}
+    with pytest.raises(ValueError, match="'extras' cannot be changed at run time; allowed: balance, extra"):
+        run(recipe_of(base, tmp_path / "other", stages, patch=moh), tmp_path)
+
+
 def test_rates_make_some_parameters_learn_faster(base: Path, tmp_path: Path):
     stage = {"kind": "tune", "steps": 1, "batch_size": 4, "learning_rate": 1e-4, "rates": {"*.patchattn.*": 100.0},
              "trainer": {"lr_scheduler_type": "constant", "warmup_steps": 0}}  # fmt: skip
