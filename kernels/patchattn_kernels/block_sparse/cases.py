@@ -130,13 +130,13 @@ class Sizes:
 
 PROMPTS = (
     Sizes(1, 2, 2, 2, 77, 77, 16, (16, 16)),
-    Sizes(2, 4, 2, 4, 67, 67, 32, (32, 16), padding=(0, 29)),
-    Sizes(2, 4, 2, 2, 70, 70, 40, (16, 32), padding=(5, 0), scale=0.3, softcap=2.0),
-    Sizes(1, 6, 2, 1, 61, 61, 16, (16, 16), sinks=True),
-    Sizes(1, 2, 2, 1, 50, 50, 16, (32, 32), causal=False),
-    Sizes(2, 6, 3, 6, 33, 45, 16, (16, 16), causal=False, padding=(14, 0), sinks=True, softcap=5.0),
+    Sizes(2, 2, 1, 2, 49, 49, 32, (32, 16), padding=(0, 29)),
+    Sizes(2, 4, 2, 2, 40, 40, 40, (16, 32), padding=(5, 0), scale=0.3, softcap=2.0),
+    Sizes(1, 6, 2, 1, 45, 45, 16, (16, 16), sinks=True),
+    Sizes(1, 2, 2, 1, 75, 75, 16, (32, 32), causal=False, density=0.8),
+    Sizes(2, 3, 3, 3, 20, 45, 16, (16, 16), causal=False, padding=(14, 0), sinks=True, softcap=5.0),
     Sizes(1, 2, 1, 1, 37, 91, 16, (16, 16)),
-    Sizes(3, 2, 1, 2, 37, 64, 16, (16, 16), padding=(0, 30, 64), unfilled=(0, 3, 0)),
+    Sizes(3, 2, 1, 1, 20, 40, 16, (16, 16), padding=(0, 22, 40), unfilled=(0, 3, 0)),
     Sizes(1, 1, 1, 1, 130, 130, 64, (64, 64)),
     Sizes(1, 1, 1, 1, 150, 150, 32, (128, 128), density=0.8),
 )
@@ -148,7 +148,7 @@ STEPS = (
 )
 MAPS = (
     Sizes(1, 2, 2, 2, 77, 77, 16, (16, 16)),
-    Sizes(2, 4, 2, 4, 67, 67, 32, (32, 16), padding=(0, 29), shared=True),
+    Sizes(2, 2, 1, 1, 49, 49, 32, (32, 16), padding=(0, 29), shared=True),
     Sizes(1, 3, 1, 1, 40, 61, 16, (1, 16), shared=True, sinks=True),
     Sizes(2, 2, 1, 1, 33, 45, 40, (16, 32), causal=False, padding=(14, 0), softcap=2.0),
     Sizes(2, 2, 1, 1, 33, 64, 16, (16, 16), padding=(0, 30), unfilled=(5, 0)),

@@ -10,15 +10,29 @@ from torch import Tensor
 from ..dispatch import use_triton
 from .reference import block_maxima_reference, block_sparse_backward_reference, block_sparse_reference
 
+BLOCKS = (16, 32, 64, 128)  # sizes that the kernels have
 
+
+@torch.library.custom_op("patchattn::block_lists", mutates_args=())
 def lists(mask: Tensor, places: int) -> tuple[Tensor, Tensor]:
     """Counts `[..., N]` and indices `[..., N, places]` of what is True in `mask` `[..., N, M]`."""
+    if use_triton("block_lists", mask):
+        from . import kernels
+
+        with torch.cuda.device_of(mask):  # Triton launches on the current device, which need not be the tensors'
+            return kernels.lists(mask, places)
     place = mask.cumsum(dim=-1) - 1
     place = place.where(mask & (place < places), places)  # one more place, for what is not listed
     number = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
     indices = torch.zeros(*mask.shape[:-1], places + 1, dtype=torch.int32, device=mask.device)
-    indices = indices.scatter_(-1, place, number.expand(mask.shape))[..., :places]
+    indices = indices.scatter_(-1, place, number.expand(mask.shape))[..., :places].contiguous()
     return mask.sum(dim=-1, dtype=torch.int32).clamp(max=places), indices
+
+
+@lists.register_fake
+def _(mask: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    counts = mask.new_empty(mask.shape[:-1], dtype=torch.int32)
+    return counts, counts.new_empty(*mask.shape[:-1], places)
 
 
 def mask(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
@@ -46,15 +60,21 @@ def forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm of each row's sum of weights `[B, H, T]`; +inf where nothing was read."""
-    use_triton("block_sparse", q, k, v, unsupported="form in Triton")
-    return block_sparse_reference(
-        q, k, v, counts, indices, starts, ends, sinks, (block_q, block_k), causal, scale, softcap
-    )
+    block = (block_q, block_k)
+    if use_triton("block_sparse", q, k, v, unsupported=_unsupported(q, k, v, block)):
+        from . import kernels
+
+        with torch.cuda.device_of(q):
+            return kernels.forward(q, k, v, counts, indices, starts, ends, sinks, block, causal, scale, softcap)
+    out, lse = block_sparse_reference(q, k, v, counts, indices, starts, ends, sinks, block, causal, scale, softcap)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 @forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
+    batch, heads, queries, _ = q.shape
+    out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)  # as models go on with it
+    return out, q.new_empty(batch, heads, queries, dtype=_wide(q))
 
 
 @torch.library.custom_op("patchattn::block_sparse_gradients", mutates_args=())
@@ -76,8 +96,32 @@ def gradients(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and `sum(out * d_out)` of each row."""
+    block = (block_q, block_k)
+    if use_triton("block_sparse_gradients", q, k, v, unsupported=_unsupported(q, k, v, block, gradient=True)):
+        from . import kernels
+
+        with torch.cuda.device_of(q):
+            turned_counts, turned = lists(mask(counts, indices, -(-k.shape[2] // block_k)).mT, counts.shape[2])
+            return kernels.gradients(
+                d_out,
+                q,
+                k,
+                v,
+                counts,
+                indices,
+                turned_counts,
+                turned,
+                starts,
+                ends,
+                out,
+                lse,
+                block,
+                causal,
+                scale,
+                softcap,
+            )
     return block_sparse_backward_reference(
-        d_out, q, k, v, counts, indices, starts, ends, out, lse, (block_q, block_k), causal, scale, softcap
+        d_out, q, k, v, counts, indices, starts, ends, out, lse, block, causal, scale, softcap
     )
 
 
@@ -122,8 +166,13 @@ def maxima(
     softcap: float | None,
 ) -> Tensor:
     """`[B, H or G, N, M]`."""
-    use_triton("block_maxima", q, k, unsupported="form in Triton")
-    return block_maxima_reference(q, k, starts, ends, sinks, (block_q, block_k), rows, causal, shared, scale, softcap)
+    block = (block_q, block_k)
+    if use_triton("block_maxima", q, k, unsupported=_unsupported(q, k, None, block, maxima=True)):
+        from . import kernels
+
+        with torch.cuda.device_of(q):
+            return kernels.maxima(q, k, starts, ends, sinks, block, rows, causal, shared, scale, softcap)
+    return block_maxima_reference(q, k, starts, ends, sinks, block, rows, causal, shared, scale, softcap)
 
 
 @maxima.register_fake
@@ -137,3 +186,19 @@ def _(
 
 def _wide(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _unsupported(
+    q: Tensor, k: Tensor, v: Tensor | None, block: tuple[int, int], *, gradient: bool = False, maxima: bool = False
+) -> str | None:
+    """What a call asks for that the kernels do not have."""
+    size, narrow = q.shape[-1], q.element_size() == 2
+    if block[0] not in (1, *BLOCKS) or block[1] not in BLOCKS:
+        return f"blocks of {block[0]} queries and {block[1]} keys"
+    if maxima and not narrow and max(block) > 32:
+        return f"maxima of blocks of {max(block)} in float32"
+    if size > (256 if narrow and not (gradient or maxima) else 128):
+        return f"{'gradient for ' if gradient else ''}heads of size {size} in {str(q.dtype).removeprefix('torch.')}"
+    if v is not None and v.shape[-1] != size:
+        return "values of another size than the keys"
+    return None
