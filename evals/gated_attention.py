@@ -1,9 +1,11 @@
 """What trained gates did to a model: attention on the first token, gates, and quality, before and after.
 
     python evals/gated_attention.py before=lab-llama "with gates=lab-llama-gated" --data lab-data [--plot PICTURE]
+    python evals/gated_attention.py before=lab-vit "with gates=lab-vit-gated"
 
-Each model is a name for the table and a folder, or the name of a lab checkpoint. Prints a table for the documents, and
-draws the attention of each layer on the first token.
+Each model is a name for the table and a folder, or the name of a lab checkpoint: language models, or classifiers of
+digits, whose first token is the class token. Prints a table for the documents, and draws the attention of each layer on
+the first token.
 """
 
 from __future__ import annotations
@@ -13,21 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import patchattn
 from patchattn import lab
 from patchattn.gates import GateStats, gate_stats
+from patchattn.lab.evaluate import held_out
+from patchattn.lab.images import classified
 from patchattn.lab.text import bits_per_byte, read_texts, recall
+from patchattn.loading import load_model
 from patchattn.record import patch_of
 from patchattn.train import synthetic
+from patchattn.train.images import collate
 
 LENGTH, ROWS = 512, 16
 SEED = 1_000_003  # of questions that no training saw
 
 
 def opened(name: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(lab.resolve(name), dtype=torch.float32).eval()
+    model = load_model(name, dtype="float32")
     if patch_of(model) is None:
         patchattn.patch(model, patchattn.GatedAttention())  # the identity, so that the sink can be measured alike
     return model
@@ -41,15 +47,21 @@ def text_rows(tokenizer: Any, texts: list[str]) -> torch.Tensor:
     return torch.cat([torch.full((ROWS, 1), tokenizer.bos_token_id), rows], dim=1)
 
 
-def measure(name: str, texts: list[str]) -> tuple[GateStats, dict[str, float]]:
-    model, tokenizer = opened(name), AutoTokenizer.from_pretrained(lab.resolve(name))
+def measure(name: str, data: str) -> tuple[GateStats, dict[str, str]]:
+    """What the gates do, and the quality by name, as shown."""
+    model = opened(name)
+    if not hasattr(model, "generate"):
+        reader = held_out("lab-vit", model)
+        images = collate("image-classification")([reader.sample(index, 0) for index in range(reader.size)])
+        stats = gate_stats(model, pixel_values=images["pixel_values"])
+        return stats, {"digits classified": f"{classified(model, reader):.1%}"}
+    texts, tokenizer = read_texts(Path(data, "books", "held_out")), AutoTokenizer.from_pretrained(lab.resolve(name))
     stats = gate_stats(model, input_ids=text_rows(tokenizer, texts))
     generator = synthetic.make("mqar", tokenizer, SEED, pairs=8)
-    quality = {
-        "bits per byte": bits_per_byte(model, tokenizer, texts).bits_per_byte,
-        "MQAR": recall(model, generator, length=LENGTH, samples=32).tokens,
+    return stats, {
+        "bits per byte": f"{bits_per_byte(model, tokenizer, texts).bits_per_byte:.3f}",
+        f"MQAR at {LENGTH}": f"{recall(model, generator, length=LENGTH, samples=32).tokens:.1%}",
     }
-    return stats, quality
 
 
 def draw(found: dict[str, GateStats], file: Path) -> None:
@@ -79,15 +91,15 @@ def main() -> None:
     wrong = [model for model in given.models if "=" not in model]
     if wrong:
         parser.error(f"{wrong[0]} is no NAME=FOLDER")
-    texts = read_texts(Path(given.data, "books", "held_out"))
-    print("| | attention on the first token | what gates leave of it | mean gate | bits per byte | MQAR at 512 |")
-    print("| --- | --- | --- | --- | --- | --- |")
     found = {}
     for name, folder in (model.split("=", 1) for model in given.models):
-        stats, quality = measure(folder, texts)
+        stats, quality = measure(folder, given.data)
+        if not found:
+            columns = ("", "attention on the first token", "what gates leave of it", "mean gate", *quality)
+            print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
         found[name] = stats
-        print(f"| {name} | {stats.sink.mean():.3f} | {stats.gated_sink.mean():.3f} | {stats.gate.mean():.3f} | "
-              f"{quality['bits per byte']:.3f} | {quality['MQAR']:.1%} |", flush=True)  # fmt: skip
+        numbers = (f"{value.mean():.3f}" for value in (stats.sink, stats.gated_sink, stats.gate))
+        print(f"| {' | '.join((name, *numbers, *quality.values()))} |", flush=True)
     if given.plot is not None:
         draw(found, given.plot)
 

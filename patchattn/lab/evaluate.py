@@ -136,7 +136,7 @@ def _questions(length: int) -> str:
 def _classifier(name: str, model: Any, data: str | None) -> list[Number]:
     from .images import classified
 
-    reader = _held_out(name, model)
+    reader = held_out(name, model)
     return [Number(name, "digits classified", classified(model, reader), 0.97, f"{reader.size} held-out images")]
 
 
@@ -157,7 +157,7 @@ def _vision_language(name: str, model: Any, data: str | None) -> list[Number]:
 
     from .images import answered
 
-    reader = _held_out(name, model, AutoProcessor.from_pretrained(path(name)))
+    reader = held_out(name, model, AutoProcessor.from_pretrained(path(name)))
     where = f"{reader.size} held-out images, {reader.source.question!r}"
     return [Number(name, "questions answered", answered(model, reader), 0.9, where)]
 
@@ -176,7 +176,7 @@ def _recipe(name: str) -> Any:
     return load_recipe(recipe(name))
 
 
-def _held_out(name: str, model: Any, processor: Any = None) -> Any:
+def held_out(name: str, model: Any, processor: Any = None) -> Any:
     """The images of a checkpoint's recipe that it was not trained on."""
     from ..train.images import open_source
 

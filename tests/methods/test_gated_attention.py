@@ -130,3 +130,28 @@ def test_the_report_says_how_far_the_gates_are_from_open():
     method.bias.data.copy_(torch.tensor([-9.0, 0.0, 0.0, 9.0]))
     model(torch.randint(5, 60, (1, 6)))
     assert method.report() == {"mean gate": 0.5, "share below 0.1": 0.25}
+
+
+INNER = {
+    "duo": patchattn.DuoAttention(heads=0.5, sink=1, recent=4),
+    "longheads": patchattn.LongHeads(chunk=2, window=8),
+}
+
+
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+@pytest.mark.parametrize("kind", ["headwise", "elementwise"])
+def test_over_another_method_the_gate_multiplies_what_that_gives(kind, inner):
+    model, ids, seen = llama(), torch.randint(5, 60, (2, 19)), []
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0].unflatten(-1, (4, 8))))
+    with torch.no_grad():
+        model(ids)
+        patchattn.patch(model, inner)
+        model(ids)
+        patchattn.unpatch(model)
+        patchattn.patch(model, [patchattn.GatedAttention(kind=kind, init="random"), inner])
+        model(ids)
+        gate = attention.patchattn[0].gate(model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)))
+    dense, plain, gated = seen
+    assert not torch.allclose(plain, dense, atol=1e-4) and not torch.allclose(gate, torch.ones_like(gate), atol=1e-3)
+    torch.testing.assert_close(gated, plain * gate)

@@ -1,0 +1,100 @@
+"""What MoH leaves of a lab checkpoint: as it is, patched and untrained, after its recipe, and after a control.
+
+    patchattn convert moh/lab-vit
+    patchattn convert moh/lab-vit patch=null output=lab-vit-control
+    python evals/moh.py --checkpoint lab-vit --trained lab-vit-moh --control lab-vit-control --output results.json
+
+The control is the same training without the patch. Counted are digits that lab-vit classifies, digits that lab-dit
+draws (recognised by lab-vit), and for lab-llama bits per byte of held-out text (`patchattn lab data lab-data`) and
+values of pairs recalled. Prints a table for the documents; the output file also says how often each head was on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.timing import machine
+from torch import Tensor
+
+from patchattn.attach import apply_plan
+from patchattn.lab.evaluate import score
+from patchattn.lab.text import TASK_SEED, bits_per_byte, read_texts, recall
+from patchattn.living import plan_of, watching
+from patchattn.loading import load_model, load_tokenizer
+from patchattn.record import patch_of
+from patchattn.train.synthetic import make
+
+
+def quality(checkpoint: str, model: Any, data: str) -> dict[str, float]:
+    """What a checkpoint is for, by name."""
+    if checkpoint != "lab-llama":
+        found = score(checkpoint, model)
+        return {found.what: found.value or 0.0}
+    tokenizer = load_tokenizer(checkpoint)
+    texts = read_texts(Path(data, "books", "held_out"))
+    pairs = make("mqar", tokenizer, TASK_SEED, pairs=8)
+    return {
+        "bits per byte": bits_per_byte(model, tokenizer, texts).bits_per_byte,
+        "values of 8 pairs recalled": recall(model, pairs, length=512, samples=64).tokens,
+    }
+
+
+def measured(checkpoint: str, model: Any, data: str) -> dict[str, Any]:
+    """The quality of a model and, where it is patched, the share of the tokens that each head was on for."""
+    if patch_of(model) is None:
+        return {"quality": quality(checkpoint, model, data)}
+    seen: dict[str, tuple[Tensor, int]] = {}
+
+    def note(ctx: Any) -> Tensor:
+        out, name = ctx.attend(), ctx.attachment.site.name
+        total, count = seen.get(name, (torch.zeros(ctx.q.shape[1]), 0))
+        tokens = ctx.q.shape[0] * ctx.q.shape[2]
+        load = torch.tensor(ctx.attachment.methods[0].report()["load"])
+        seen[name] = total + tokens * load, count + tokens
+        return out
+
+    with watching(model, note):
+        found = quality(checkpoint, model, data)
+    loads = [total / count for total, count in seen.values()]
+    return {
+        "quality": found,
+        "pairs skipped": 1 - torch.stack(loads).mean().item(),
+        "load": [[round(share, 3) for share in load.tolist()] for load in loads],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, choices=["lab-vit", "lab-dit", "lab-llama"])
+    parser.add_argument("--trained", required=True, metavar="FOLDER")
+    parser.add_argument("--control", metavar="FOLDER")
+    parser.add_argument("--data", default="lab-data", help="what `patchattn lab data` wrote")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON")
+    given = parser.parse_args()
+    trained, base = (load_model(name, dtype="float32") for name in (given.trained, given.checkpoint))
+    models = {"as it is": base, "after the recipe": trained}
+    if given.control is not None:
+        models["after the same training without MoH"] = load_model(given.control, dtype="float32")
+    models["with MoH, untrained"] = apply_plan(load_model(given.checkpoint, dtype="float32"), plan_of(trained))  # type: ignore[type-var]
+    found = {name: measured(given.checkpoint, model, given.data) for name, model in models.items()}
+    names = list(found["as it is"]["quality"])
+    print(
+        "\n".join([f"| {given.checkpoint} | {' | '.join(names)} | pairs skipped |", "| --- " * (len(names) + 2) + "|"])
+    )
+    for name, values in found.items():
+        shown = [
+            f"{value:.4f}" if what == "bits per byte" else f"{value:.1%}" for what, value in values["quality"].items()
+        ]
+        skipped = f"{values['pairs skipped']:.1%}" if "load" in values else "0%"
+        print(f"| {name} | {' | '.join(shown)} | {skipped} |")
+    if given.output is not None:
+        result = {"checkpoint": given.checkpoint, "patch": plan_of(trained)[0]["methods"], "models": found}
+        given.output.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
