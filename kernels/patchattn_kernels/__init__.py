@@ -9,6 +9,7 @@ from .attention import masked_attention
 from .block_sparse import BlockLists, block_maxima, block_sparse, block_sparse_decode
 from .dispatch import backend
 from .grouped import grouped
+from .routed import routed
 from .sink_window import sink_window, sink_window_decode
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "block_sparse_decode",
     "grouped",
     "masked_attention",
+    "routed",
     "sink_window",
     "sink_window_decode",
 ]
