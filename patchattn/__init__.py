@@ -45,6 +45,8 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MoH",
+    "SeerAttention",
+    "SeerAttentionDecode",
     "__version__",
     "aux_loss",
     "cache_bytes",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from .methods.gated_attention import GatedAttention
     from .methods.longheads import LongHeads
     from .methods.moh import MoH
+    from .methods.seer_attention import SeerAttention
+    from .methods.seer_attention_decode import SeerAttentionDecode
     from .methods.var import VAR
 
 

@@ -160,9 +160,11 @@ def unfit(site: Site, methods: Sequence[Method]) -> str | None:
         return site.problem
     if site.family == "diffusers" and (reason := diffusers.unfit(site, methods)) is not None:
         return reason
-    keeping = [method.name for method in methods if type(method).cache_layer is not Method.cache_layer]
+    keeping = {type(method).cache_layer: method.name for method in methods}  # one function: they share what it makes
+    keeping.pop(Method.cache_layer, None)
     if len(keeping) > 1:
-        return f"{keeping[0]} and {keeping[1]} each keep a cache layer of their own, and a layer has one"
+        first, second = list(keeping.values())[:2]
+        return f"{first} and {second} each keep a cache layer of their own, and a layer has one"
     for method in methods:
         if method.rotary == "raw" and (reason := _raw_problem(site)) is not None:
             return f"{method.name} needs q and k before rotary, but {reason}"

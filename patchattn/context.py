@@ -6,6 +6,7 @@ S keys, D head size, C hidden size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ class AttentionContext:
     """
 
     __slots__ = (
-        "_depth", "_given", "_hidden_states", "_mask", "attachment", "cache", "k", "key_offset", "kwargs",
+        "_depth", "_given", "_hidden_states", "_mask", "_turned", "attachment", "cache", "k", "key_offset", "kwargs",
         "layer_idx", "module", "past_length", "position_embeddings", "q", "static", "v", "weights",
     )  # fmt: skip
 
@@ -128,6 +129,7 @@ class AttentionContext:
         self._given = Given(None)
         self._mask: Mask | None = None
         self._depth = 0
+        self._turned = False  # q and k have been rotated by the method that now calls `attend`
 
     # ---- what the model said -------------------------------------------------------------------------------
 
@@ -235,9 +237,26 @@ class AttentionContext:
 
     # ---- rotary --------------------------------------------------------------------------------------------
 
-    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The model's own rotary on `[B, heads, tokens, D]`: at the true positions, or at any `[B or 1, tokens]`."""
-        return self._rotated(x, *(self.position_embeddings if positions is None else self._angles(x, positions)))
+    def rotate(self, x: Tensor, positions: Tensor | None = None, rotary: nn.Module | None = None) -> Tensor:
+        """The model's own rotary on `[B, heads, tokens, D]`: at the true positions, or at any `[B or 1, tokens]`.
+
+        Args:
+            rotary: another of `rotary_of_width`.
+        """
+        if positions is None:
+            return self._rotated(x, *self.position_embeddings)
+        return self._rotated(x, *(self._angles(x, positions) if rotary is None else rotary(x, positions)))
+
+    def rotary_of_width(self, width: int) -> nn.Module:
+        """The model's rotary, its base and its scaling, for vectors of another size than its heads."""
+        embedding: Any = self.attachment.rotary_embedding
+        if embedding is None or getattr(embedding, "config", None) is None:
+            raise RuntimeError(f"{self.attachment.site.name}: its rotary embedding cannot be made for another width "
+                               f"({width}); use the width of its heads, {self.q.shape[-1]}")  # fmt: skip
+        config = copy.deepcopy(embedding.config)
+        config.head_dim = width
+        made: nn.Module = type(embedding)(config).to(self.q.device)
+        return made
 
     def turned(self, x: Tensor) -> Tensor:
         """`x` `[B, heads, T, D]` a quarter turn on: `rotate(x, p)` is `x * cos + turned(x) * sin`, see `turns`."""
@@ -279,6 +298,11 @@ class AttentionContext:
 
     # ---- the inner attention -------------------------------------------------------------------------------
 
+    @property
+    def innermost(self) -> bool:
+        """Whether `attend` runs the model's own attention: no other method is below the one that asks."""
+        return self._depth >= len(self.attachment.methods)
+
     def attend(self, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """What would have run had this method not been there: `[B, T, H, D]`. Any of q, k, v may be replaced."""
         methods, depth = self.attachment.methods, self._depth
@@ -297,6 +321,17 @@ class AttentionContext:
             out = self._base()
         self.q, self.k, self.v = kept
         return out
+
+    def attend_rotated(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attend`, where no method further in needs raw q and k: these are rotated."""
+        before, self._turned = self._turned, True
+        out = self.attend(q, k, v)
+        self._turned = before
+        return out
+
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """q and k as the base attention scores them: rotated."""
+        return self._rotated_pair(self.q, self.k) if self.attachment.raw and not self._turned else (self.q, self.k)
 
     def run(self) -> Tensor:
         """The attention of this call, or what a training stage makes of it."""
@@ -319,10 +354,8 @@ class AttentionContext:
 
     def softmax_weights(self, first: int, last: int) -> Tensor:
         """The softmax of the scores of the queries `first` to `last`: `[B, H, last - first, S]`, float32."""
-        q, k = self.q[:, :, first:last], self.k
-        if self.attachment.raw:
-            q, k = self._rotated_pair(self.q, k)
-            q = q[:, :, first:last]
+        q, k = self.scored()
+        q = q[:, :, first:last]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
         if self.softcap is not None:
@@ -343,9 +376,7 @@ class AttentionContext:
 
     def _base(self) -> Tensor:
         attachment = self.attachment
-        q, k, v = self.q, self.k, self.v
-        if attachment.raw:
-            q, k = self._rotated_pair(q, k)
+        (q, k), v = self.scored(), self.v
         function, base = attachment.base_function, attachment.base
         given = self._given.mask
         if given is not None and given.dim() == 4 and base not in ("sdpa", "eager"):

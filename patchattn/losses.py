@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from patchattn_kernels.attention import query_blocks
+from patchattn_kernels.block_sparse import block_maxima
 
 if TYPE_CHECKING:
     from .context import AttentionContext
@@ -41,28 +42,52 @@ def map_cross_entropy(ctx: AttentionContext, attention_map: Callable[[AttentionC
     return _mean(torch.cat([checkpoint(rows, *block, use_reentrant=False) for block in blocks], dim=1), ctx.mask)
 
 
-def block_map_divergence(ctx: AttentionContext, scores: Tensor, block_size: int) -> Tensor:
-    """Mean KL divergence of softmax(`scores`) `[B, H or G, N, M]` from the block maxima of the base's weights.
+def block_map_divergence(
+    ctx: AttentionContext, scores: Tensor, block: int | tuple[int, int], reduction: str = "rows"
+) -> Tensor:
+    """KL divergence of softmax(`scores`) `[B, H or G, N, M]` from the block maxima of the base's weights.
 
-    Where `scores` has a head for each group of query heads, the group's largest weight counts.
+    Args:
+        scores: of the last N blocks of queries; -inf for the blocks of keys that are not asked for, as those of the
+            future. Where there is a head for each group of query heads, the group's largest weight counts.
+        block: tokens in a block; (of queries, of keys) where that differs.
+        reduction: "rows": the mean over the rows that have something to foresee; "reference": over every entry of
+            every row, as published.
     """
+    asked = scores > -torch.inf
     with torch.no_grad():
-        target = block_maxima(ctx, block_size, scores.shape[1])
-        reachable = target > 0
-        target = target / target.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny)
-    logged = scores.float().masked_fill(~reachable, float("-inf")).log_softmax(dim=-1).masked_fill(~reachable, 0.0)
-    return functional.kl_div(logged, target, reduction="none").sum(dim=-1).mean()
+        target = block_target(ctx, block, scores.shape[1], scores.shape[2]).masked_fill(~asked, 0.0)
+        total = target.sum(dim=-1, keepdim=True)
+        target = target / total.clamp_min(torch.finfo(target.dtype).tiny)
+        rows = total[..., 0] > 0
+    # A row that asks for nothing would have NaN for gradients, through the softmax of nothing.
+    logged = scores.float().masked_fill(~asked & rows[..., None], -torch.inf).masked_fill(~rows[..., None], 0.0)
+    logged = logged.log_softmax(dim=-1).masked_fill(~asked, 0.0)
+    divergence = functional.kl_div(logged, target, reduction="none").sum(dim=-1)
+    return divergence.sum() / (scores.numel() if reduction == "reference" else rows.sum().clamp_min(1))
 
 
-def block_maxima(ctx: AttentionContext, block_size: int, heads: int) -> Tensor:
-    """The largest base attention weight in each block of queries and keys: `[B, heads, N, M]`."""
-    queries, keys = ctx.q.shape[2], ctx.k.shape[2]
-    rows = []
-    for first in range(0, queries, block_size):
-        weights = ctx.base_weights(first, min(first + block_size, queries))
-        weights = functional.pad(weights, (0, -keys % block_size)).unflatten(-1, (-1, block_size))
-        rows.append(weights.amax(dim=(2, 4)).unflatten(1, (heads, -1)).amax(dim=2))  # [B, heads, M]
-    return torch.stack(rows, dim=2)
+@torch.no_grad()
+def block_target(ctx: AttentionContext, block: int | tuple[int, int], heads: int, rows: int) -> Tensor:
+    """The largest base attention weight in each block of queries and keys: `[B, heads, rows, M]`, float32.
+
+    Of a whole text, the last `rows` blocks of queries. Blocks are counted from the first real token of a row.
+    """
+    q, k = ctx.scored()
+    starts, real = None, ctx.mask.padding
+    if real is not None:  # the real tokens of each row last
+        real = real[:, : q.shape[2]]
+        order = real.long().argsort(dim=1, stable=True)[:, None, :, None]
+        q, k = (x.gather(2, order.expand_as(x)) for x in (q, k))
+        starts = q.shape[2] - real.sum(dim=1)
+    elif isinstance(block, tuple) and block[0] == 1:
+        q = q[:, :, -rows:]
+    shared = heads != q.shape[1]
+    maxima = block_maxima(
+        q, k, block=block, causal=ctx.mask.causal, shared=shared, starts=starts,
+        scale=ctx.scaling, softcap=ctx.softcap, sinks=ctx.sinks,
+    )  # fmt: skip
+    return maxima[:, :, -rows:]
 
 
 def _mean(values: Tensor, mask: Mask) -> Tensor:

@@ -152,16 +152,23 @@ class Method(nn.Module):
             return losses.output_error(self(ctx), target, ctx.mask)
         if kind == "map":
             return losses.map_cross_entropy(ctx, self.attention_map)
-        scores, block_size = self.block_map(ctx)
-        return losses.block_map_divergence(ctx, scores, block_size)
+        return losses.block_map_divergence(ctx, *self.block_map(ctx))
 
     def attention_map(self, ctx: AttentionContext, first: int, last: int) -> Tensor:
         """This method's own attention weights of the queries `first` to `last`: `[B, H, last - first, S]`."""
         raise TypeError(f"{type(self).__name__} has no attention map")
 
-    def block_map(self, ctx: AttentionContext) -> tuple[Tensor, int]:
-        """Scores before the softmax for blocks of queries and keys `[B, H or G, N, M]`, and the block's size."""
+    def block_map(self, ctx: AttentionContext) -> tuple[Tensor, int | tuple[int, int]]:
+        """Scores before the softmax for blocks of queries and keys `[B, H or G, N, M]`, and the block's size.
+
+        The size is that of both, or (of queries, of keys). A score is -inf where nothing is to be foreseen: in the
+        future, and where the method does not learn.
+        """
         raise TypeError(f"{type(self).__name__} has no block map")
+
+    def diagnostics(self, ctx: AttentionContext) -> dict[str, Tensor]:
+        """What a transfer shows beside its held-out loss, by name; the mean over layers is logged."""
+        return {}
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Further loss terms of the last forward while training, by name, weighted; given once."""

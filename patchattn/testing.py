@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from . import attach, cache, living, record
 from .method import Method, as_methods
 from .sites import default_sites, find_sites
+
+if TYPE_CHECKING:
+    from .context import AttentionContext
 
 TOLERANCE = 1e-5  # float32, on logits
 LENGTH = 24
@@ -265,8 +268,7 @@ def check_only_the_patch_takes_gradients(setup: Setup) -> None:
     declared = living.patch_parameters(model)
     if not declared:
         return
-    out = setup.run(model, setup.inputs)
-    (out.float() * torch.randn_like(out.float())).sum().backward()
+    _learn(setup, model)
     for name, parameter in record.root_of(model).named_parameters():
         if name in declared:
             _require(parameter.grad is not None, f"{name} belongs to the patch and got no gradient")
@@ -274,6 +276,25 @@ def check_only_the_patch_takes_gradients(setup: Setup) -> None:
             _require(bool(parameter.grad.any()), f"the gradient of {name} is all zero")  # type: ignore[union-attr]
         else:
             _require(parameter.grad is None, f"{name} belongs to the base and got a gradient")
+
+
+def _learn(setup: Setup, model: nn.Module) -> None:
+    """Gradients of what the method is trained by: its output, or where that does not teach it, a transfer."""
+    kinds = setup.method.transfer_kinds
+    if "output" in kinds:
+        out = setup.run(model, setup.inputs)
+        (out.float() * torch.randn_like(out.float())).sum().backward()
+        return
+    found: list[Tensor] = []
+
+    def around(ctx: AttentionContext) -> Tensor:
+        target = ctx.base()
+        found.append(ctx.transfer_loss(target, kinds[0]))
+        return target
+
+    with living.watching(model, around):
+        setup.run(model, setup.inputs)
+    torch.stack(found).sum().backward()
 
 
 def check_bf16_is_close(setup: Setup) -> None:

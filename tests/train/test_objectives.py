@@ -43,7 +43,9 @@ class Scaled(Method):
 
     def block_map(self, ctx: Any) -> tuple[Tensor, int]:
         blocks = -(-ctx.q.shape[2] // BLOCK)
-        return torch.zeros(ctx.q.shape[0], ctx.q.shape[1], blocks, blocks) * self.factor, BLOCK
+        future = torch.ones(blocks, blocks, dtype=torch.bool).triu(1)
+        scores = torch.zeros(ctx.q.shape[0], ctx.q.shape[1], blocks, blocks) * self.factor
+        return scores.masked_fill(future, -torch.inf), BLOCK
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         return {"balance": (self.factor - 1) ** 2}
