@@ -36,10 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchattn_kernels.routed import routed
+
 from ..method import Method, MethodConfig, register, runtime
 
 if TYPE_CHECKING:
     from ..context import AttentionContext
+    from ..masks import Mask
     from ..sites import Site
 
 QUERY_PROJECTIONS = ("q_proj", "query", "to_q", "q_b_proj", "q_lin")
@@ -73,6 +76,8 @@ class MoH(Method):
             ste: which routed heads the parameter-free router learns from: "full" (all, as published, so that training
                 computes all of them), "selected" (the chosen) or "none".
             balance: weight, while training, of the load-balance loss.
+            least_keys: with fewer keys than this, or eight times as many for a single token, every head is computed and
+                weighted after, which is faster there.
             extra: share of the other routed heads that are on as well, chosen next; a training that ramps it from 1 to
                 0 begins with all heads.
         """
@@ -85,6 +90,7 @@ class MoH(Method):
         init: str = "zero"
         ste: str = "full"
         balance: float = runtime(0.01)
+        least_keys: int = runtime(512)
         extra: float = runtime(0.0)
 
         SHARE: ClassVar[float] = 0.75
@@ -108,6 +114,7 @@ class MoH(Method):
                 self._require(self.top_k is None, "active", "left out where top_k is given")
                 self._require(_number(self.active) and 0 < self.active <= 1, "active", "more than 0 and at most 1")
             self._require(_number(self.balance) and self.balance >= 0, "balance", "0 or more")
+            self._require_int("least_keys", 0)
             self._require(_number(self.extra) and 0 <= self.extra <= 1, "extra", "from 0 to 1")
 
         def resolve(self, sites: Sequence[Site], total_layers: int) -> MethodConfig:
@@ -194,11 +201,43 @@ class MoH(Method):
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         gates = self.gates(ctx)  # [B, T, H]
+        # Where the router learns from heads that were not chosen, their outputs are needed.
+        all_learn = gates.requires_grad and self.config.router == "query_norm" and self.config.ste == "full"
+        reason = "for the gradient of the router" if all_learn else self._dense_because(ctx)
+        if not torch.compiler.is_compiling():
+            self._dense_reason = reason
+        if reason is None:
+            return self._chosen_pairs(ctx, gates)
         out = ctx.attend()  # [B, T, H, D]
         mixed = (out.float() * gates[..., None]).to(out.dtype)
-        if gates.requires_grad and self.config.router == "query_norm" and self.config.ste == "full":
-            return mixed
-        return mixed.masked_fill((gates == 0)[..., None], 0)  # whatever is in there, an unchosen head gives nothing
+        return mixed if all_learn else mixed.masked_fill((gates == 0)[..., None], 0)  # whatever stands there
+
+    def _chosen_pairs(self, ctx: AttentionContext, gates: Tensor) -> Tensor:
+        mask = ctx.mask
+        starts = None if mask.padding is None else mask.padding.int().argmax(dim=-1)
+        out = routed(ctx.q, ctx.k, ctx.v, gates.transpose(1, 2), causal=mask.causal, starts=starts, scale=ctx.scaling,
+                     softcap=ctx.softcap, sinks=ctx.sinks)  # fmt: skip
+        return out.transpose(1, 2)
+
+    def _dense_because(self, ctx: AttentionContext) -> str | None:
+        """Why every pair is computed in this call, or None if the chosen ones are."""
+        if self.on == self.routed:
+            return "all heads are on"
+        queries, keys, mask = ctx.q.shape[2], ctx.k.shape[2], ctx.mask
+        least = self.config.least_keys * (8 if queries == 1 else 1)
+        if keys < least:
+            return f"fewer than {least} keys"
+        if not ctx.innermost:
+            return "another method is below"
+        if ctx.attachment.base == "eager":
+            return "eager attention was asked for"
+        if ctx.attachment.raw or ctx.dropout or ctx.kwargs.get("position_bias") is not None:
+            return "rotary, dropout or a position bias is applied below"
+        if ctx.v.shape[-1] != ctx.q.shape[-1]:
+            return "values have another size than keys"
+        if ctx.static or mask.dense is not None or (mask.window is not None and keys >= mask.window):
+            return "a static cache, a window or a mask that the model draws"
+        return None if mask.padding is None else _unlike_left_padding(mask)
 
     def gates(self, ctx: AttentionContext) -> Tensor:
         """The weight of each head's output, 0 where it is off: `[B, T, H]`, float32."""
@@ -287,7 +326,9 @@ class MoH(Method):
         load = self.__dict__.get("_load")
         if load is None:
             return {}
-        return {"heads on": f"{load.mean().item():.1%}", "load": [round(share, 3) for share in load.tolist()]}
+        on = f"{load.mean().item():.1%}"
+        computed = on if self._dense_reason is None else f"100%, {self._dense_reason}"
+        return {"heads on": on, "pairs computed": computed, "load": [round(share, 3) for share in load.tolist()]}
 
 
 def load_balance(p: Tensor, chosen: Tensor, real: Tensor | None = None) -> Tensor:
@@ -314,6 +355,17 @@ def _real_tokens(ctx: AttentionContext) -> Tensor | None:
     if mask.dense is not None or mask.padding is None or ctx.past_length is None:
         return None
     return mask.key_padding(ctx.q.shape[2], ctx.past_length)
+
+
+def _unlike_left_padding(mask: Mask) -> str | None:
+    """Why the padding cannot be said by the place of each row's first real token, or None."""
+    assert mask.padding is not None
+    if not mask.causal:
+        return "padding in attention that is not causal"
+    if torch.compiler.is_compiling():
+        return "padding in a compiled graph, which cannot look at it"
+    ends = mask.padding[:, :-1] & ~mask.padding[:, 1:]  # after the last real token keys may be missing: none reads them
+    return "padding between the tokens of a row" if bool((ends.sum(dim=-1) + mask.padding[:, -1] > 1).any()) else None
 
 
 def _query_projection(site: Site) -> str | None:

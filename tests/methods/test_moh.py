@@ -260,6 +260,103 @@ class Poison(patchattn.Method):
         return ctx.attend().masked_fill(off[..., None], float("nan"))
 
 
+# ---- chosen pairs alone ----------------------------------------------------------------------------------------
+
+PAIRS = {
+    "query_norm": {"shared": 2, "top_k": 2, "ste": "selected"},
+    "linear": {"shared": 1, "top_k": 3, "router": "linear"},
+    "groups": {"shared": 0, "top_k": 4, "router": "linear", "route": "kv_group"},
+}
+
+
+def both_ways(settings, run, **changes):
+    """What `run(model)` gives where every pair is computed, and where the chosen ones are; with the reports."""
+    results = []
+    for least_keys in (10_000, 0):
+        model = patchattn.patch(llama(**changes), MoH(**settings, least_keys=least_keys))
+        results.append((run(randomised(model)), first(model).report()["pairs computed"]))
+    return results
+
+
+@pytest.mark.parametrize("settings", PAIRS.values(), ids=PAIRS)
+def test_computing_chosen_pairs_alone_changes_nothing(settings):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    for padding in (None, slice(0, 5), slice(9, 12), slice(4, 6)):
+        given = mask.clone()
+        if padding is not None:
+            given[1, padding] = 0
+
+        def run(model, given=given):
+            with torch.no_grad():
+                return model(tokens(), attention_mask=given).logits[given.bool()]
+
+        (dense, said), (chosen, also) = both_ways(settings, run)
+        torch.testing.assert_close(chosen, dense, atol=1e-5, rtol=0)
+        assert said == "100%, fewer than 10000 keys"
+        between = padding == slice(4, 6)
+        assert also == ("100%, padding between the tokens of a row" if between else "50.0%")
+
+
+@pytest.mark.parametrize("settings", PAIRS.values(), ids=PAIRS)
+def test_chosen_pairs_alone_give_the_same_gradients(settings):
+    def run(model):
+        model(tokens(), labels=tokens()).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    (dense, _), (chosen, computed) = both_ways(settings, run)
+    assert computed == "50.0%"
+    for name, gradient in dense.items():
+        torch.testing.assert_close(chosen[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_chosen_pairs_alone_generate_the_same_tokens():
+    def run(model):
+        ids, mask = tokens(), torch.ones(2, 12, dtype=torch.long)
+        mask[0, :4] = 0
+        return model.generate(ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+
+    for settings in PAIRS.values():
+        (dense, _), (chosen, computed) = both_ways(settings, run)
+        assert torch.equal(chosen, dense) and computed == "50.0%"
+
+
+def test_queries_that_were_not_chosen_are_not_looked_at():
+    def run(model):
+        def spoil(ctx):
+            off = ctx.attachment.methods[0].gates(ctx).transpose(1, 2) == 0
+            assert off.any()
+            ctx.q = ctx.q.masked_fill(off[..., None], float("nan"))
+            return ctx.attend()
+
+        with torch.no_grad(), watching(model, spoil):
+            return model(tokens()).logits
+
+    (_, _), (chosen, _) = both_ways(PAIRS["linear"], run)
+    assert chosen.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "reason"),
+    [
+        ({}, {"shared": 2, "top_k": 6}, "100%, all heads are on"),
+        ({}, {"extra": 1.0}, "100%, all heads are on"),
+        ({"attn_implementation": "eager"}, {}, "100%, eager attention was asked for"),
+        ({}, {"ste": "full"}, "100%, for the gradient of the router"),
+    ],
+    ids=["all on", "all extra", "eager", "full gradient"],
+)
+def test_the_report_says_why_every_pair_was_computed(changes, settings, reason):
+    model = patchattn.patch(llama(**changes), MoH(**{"ste": "none", "least_keys": 0, **settings}))
+    model(tokens())
+    assert first(model).report()["pairs computed"] == reason
+
+
+def test_the_report_names_a_method_below():
+    model = patchattn.patch(llama(), [MoH(least_keys=0, ste="none"), "dense"])
+    model(tokens())
+    assert first(model).report()["pairs computed"] == "100%, another method is below"
+
+
 # ---- what is learned -------------------------------------------------------------------------------------------
 
 
