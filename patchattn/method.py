@@ -183,6 +183,9 @@ class Method(nn.Module):
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._losses = {**self._losses, **terms}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_losses": {}}  # a graph can be neither copied nor pickled
+
     def report(self) -> dict[str, Any]:
         """What happened in the last call, for `patchattn.explain`."""
         return {}

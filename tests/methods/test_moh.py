@@ -405,6 +405,12 @@ def test_there_is_no_loss_outside_training_and_none_to_add_without_routed_heads(
     assert auxiliary_losses(model) == {}
 
 
+def test_a_model_can_be_copied_while_a_loss_waits_to_be_added():
+    model = patchattn.patch(llama(), MoH()).train()
+    model(tokens())
+    assert auxiliary_losses(copy.deepcopy(model)) == {} and patchattn.aux_loss(model) > 0
+
+
 @pytest.mark.parametrize("ste", ["full", "selected", "none"])
 def test_straight_through_is_0_or_1_forwards_and_the_soft_gate_backwards(ste):
     model = patchattn.patch(llama(num_hidden_layers=1), MoH(shared=2, top_k=3, ste=ste))
