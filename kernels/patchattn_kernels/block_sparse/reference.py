@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ELEMENTS = 1 << 20  # scores held at a time, unless one list has more
+ELEMENTS = 1 << 18  # scores held at a time, unless one list has more; what a CPU's cache holds
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the tokens of a call stand in blocks. `[B or 1]` each, or a number that is the same for all rows.
+    """Where the tokens of a call stand in blocks. Tensors are `[B or 1]`.
 
     Attributes:
         starts: the first real key.
@@ -55,21 +55,11 @@ class Grid:
         """The way back; `fill` for padding."""
         return _shifted(x, self.first - self.first_block * self.block[0], self.queries, fill=fill)
 
-    def cut_keys(self, x: Tensor) -> Tensor:
-        """`[B, G, S, D]` to `[B, G, (M + 1) * block, D]`; the last block is empty, for what lists do not fill."""
-        return _shifted(x, self.starts, (self.columns + 1) * self.block[1], self.real)
 
-    def joined_keys(self, x: Tensor) -> Tensor:
-        return _shifted(x, -self.starts, self.keys)
-
-
-def _shifted(x: Tensor, shift: Tensor, length: int, stop: Tensor | None = None, fill: float = 0.0) -> Tensor:
-    """`x[b, :, place + shift[b]]` for `length` places, `fill` where there is no such token or from `stop` on."""
-    place = torch.arange(length, device=x.device)
-    source = place + shift[:, None]  # [B or 1, length]
+def _shifted(x: Tensor, shift: Tensor, length: int, fill: float = 0.0) -> Tensor:
+    """`x[b, :, place + shift[b]]` for `length` places, `fill` where there is no such token."""
+    source = torch.arange(length, device=x.device) + shift[:, None]  # [B or 1, length]
     there = (source >= 0) & (source < x.shape[2])
-    if stop is not None:
-        there = there & (place < stop[:, None])
     if len(source) == 1:
         moved = x.index_select(2, source[0].clamp(0, x.shape[2] - 1))
     else:
@@ -80,19 +70,28 @@ def _shifted(x: Tensor, shift: Tensor, length: int, stop: Tensor | None = None, 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Lists that are computed together: n of them with c places for key blocks.
+    """Lists that are computed together: n of them with room for c keys.
 
     Attributes:
         lists: `[n]`, which ones, among all of the call.
-        blocks: `[n * c]`, the key blocks they name, among all of the call.
-        keep: `[n, 1, queries or 1, c * block]`, True where a query reads a key.
+        tokens: `[n, c]`, the keys of the blocks they name, among all of the call; the first again where there are
+            no more, as no other may be touched: nothing times NaN would be NaN.
+        keep: `[n, 1, queries or 1, c]`, True where a query reads a key.
         heads: `[n, heads of a list]`, the query heads they belong to.
     """
 
     lists: Tensor
-    blocks: Tensor
+    tokens: Tensor
     keep: Tensor
     heads: Tensor
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Those of these lists, of `[lists, members * block, D]`."""
+        return _wide(x.index_select(0, self.lists))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Those of these lists, of `[B, G, S, D]`: `[n, c, D]`."""
+        return _wide(x.reshape(-1, x.shape[3]).index_select(0, self.tokens.flatten()).view(*self.tokens.shape, -1))
 
 
 class Lists:
@@ -118,13 +117,6 @@ class Lists:
         cut = x.unflatten(0, (self.batch, self.owners, -1)).unflatten(3, (self.members, -1))
         return self.grid.joined_queries(cut.transpose(2, 3).flatten(3, 4).flatten(1, 2), fill)
 
-    def keys(self, x: Tensor) -> Tensor:
-        """`[B, G, S, D]` by block: `[blocks, block, D]`."""
-        return self.grid.cut_keys(x).unflatten(2, (-1, self.grid.block[1])).flatten(0, 2)
-
-    def joined_keys(self, x: Tensor) -> Tensor:
-        return self.grid.joined_keys(x.unflatten(0, (self.batch, -1, self.grid.columns + 1)).flatten(2, 3))
-
     def chunks(self) -> Iterator[Chunk]:
         """The lists that name something, the longest first."""
         grid, (block_q, block_k) = self.grid, self.grid.block
@@ -142,22 +134,21 @@ class Lists:
             owner, row = lists // grid.rows, lists % grid.rows
             batch, head = owner // self.owners, owner % self.owners
             named = torch.arange(most, device=lists.device) < self.counts[lists, None]
-            index = self.indices[lists, :most].long()  # [n, c]
-            index = index.where(named & (index < grid.columns), grid.columns)
-            key_rank = (index[:, :, None] * block_k + inside).flatten(1)[:, None, None]
-            keep = key_rank < _of(grid.real, batch)
+            key_rank = (self.indices[lists, :most, None].long() * block_k + inside).flatten(1)  # [n, c]
+            there = named.repeat_interleave(block_k, dim=1) & (key_rank < _of(grid.real, batch))
+            keep = there[:, None, None]
             if self.causal:
-                query_rank = (_of(grid.first_block, batch) + row[:, None, None, None]) * block_q + place[:, None]
-                keep = keep & (key_rank <= query_rank)
+                query_rank = (_of(grid.first_block, batch) + row[:, None]) * block_q + place  # [n, queries]
+                keep = keep & (key_rank[:, None, None] <= query_rank[:, None, :, None])
             kv_head = batch * (self.owners // self.group) + head // self.group
-            blocks = (kv_head[:, None] * (grid.columns + 1) + index).flatten()
+            tokens = kv_head[:, None] * grid.keys + (key_rank + _of(grid.starts, batch)).clamp(0, grid.keys - 1)
             heads = head[:, None] * self.members + torch.arange(self.members, device=lists.device)
-            yield Chunk(lists, blocks, keep, heads)
+            yield Chunk(lists, tokens.where(there, tokens[:, :1]), keep, heads)
 
 
 def _of(values: Tensor, batch: Tensor) -> Tensor:
-    """Each list's own of `[B or 1]` values."""
-    return (values[batch] if len(values) > 1 else values)[:, None, None, None]
+    """Each list's own of `[B or 1]` values: `[n or 1, 1]`."""
+    return (values[batch] if len(values) > 1 else values)[:, None]
 
 
 def _scores(q: Tensor, k: Tensor, members: int, keep: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -189,13 +180,11 @@ def block_sparse_reference(
     """The output, and the logarithm of each row's sum of weights; +inf where nothing was read."""
     grid = Grid.of(q, k, counts.shape[2], starts, ends, block)
     lists = Lists(q, k, counts, indices, grid, causal)
-    queries, keys, values = lists.queries(q), lists.keys(k), lists.keys(v)
+    queries = lists.queries(q)
     out = queries.new_zeros(*queries.shape[:2], v.shape[3])
     lse = queries.new_full(queries.shape[:2], float("inf"), dtype=_wide(q[:0]).dtype)
     for chunk in lists.chunks():
-        tile = (len(chunk.lists), -1, q.shape[3])
-        scores = _scores(_wide(queries[chunk.lists]), _wide(keys[chunk.blocks]).view(tile), lists.members, chunk.keep,
-                         scale, softcap)  # fmt: skip
+        scores = _scores(chunk.queries(queries), chunk.keys(k), lists.members, chunk.keep, scale, softcap)
         top = scores.amax(dim=-1)
         if sinks is not None:
             logits = sinks.to(top.dtype)[chunk.heads][..., None]  # [n, members, 1]
@@ -207,9 +196,10 @@ def block_sparse_reference(
         if sinks is not None:
             total = total + (logits - top).exp()
         total = total.masked_fill(nothing, 1.0)
-        found = weights.flatten(1, 2) @ _wide(values[chunk.blocks]).view(len(chunk.lists), -1, v.shape[3])
-        out[chunk.lists] = (found / total.flatten(1)[..., None]).to(out.dtype)
-        lse[chunk.lists] = (top + total.log()).masked_fill(nothing, float("inf")).flatten(1)
+        found = weights.flatten(1, 2) @ chunk.keys(v)
+        found = (found / total.flatten(1)[..., None]).masked_fill_(nothing.flatten(1)[..., None], 0.0)
+        out.index_copy_(0, chunk.lists, found.to(out.dtype))
+        lse.index_copy_(0, chunk.lists, (top + total.log()).masked_fill(nothing, float("inf")).flatten(1))
     return lists.joined_queries(out), lists.joined_queries(lse[..., None], float("inf"))[..., 0]
 
 
@@ -233,23 +223,21 @@ def block_sparse_backward_reference(
     grid = Grid.of(q, k, counts.shape[2], starts, ends, block)
     lists = Lists(q, k, counts, indices, grid, causal)
     delta = (_wide(out) * _wide(d_out)).sum(dim=-1)
-    queries, keys, values, upstream = lists.queries(q), lists.keys(k), lists.keys(v), lists.queries(d_out)
-    deltas, totals = (lists.queries(x[..., None])[..., 0] for x in (delta, lse))
-    dq, dk, dv = (torch.zeros_like(x, dtype=delta.dtype) for x in (queries, keys, values))
+    queries, upstream = lists.queries(q), lists.queries(d_out)
+    deltas, totals = (lists.queries(x[..., None]) for x in (delta, lse))
+    dq = torch.zeros_like(queries, dtype=delta.dtype)
+    dk, dv = (x.new_zeros(x.shape[:3].numel(), x.shape[3], dtype=delta.dtype) for x in (k, v))
     for chunk in lists.chunks():
-        n = len(chunk.lists)
-        here, d_here = _wide(queries[chunk.lists]), _wide(upstream[chunk.lists])
-        there, value = (_wide(x[chunk.blocks]).view(n, -1, x.shape[2]) for x in (keys, values))
+        here, d_here, there, value = chunk.queries(queries), chunk.queries(upstream), chunk.keys(k), chunk.keys(v)
         scores = _scores(here, there, lists.members, chunk.keep, scale, softcap).flatten(1, 2)
-        weights = (scores - totals[chunk.lists, :, None]).exp()
-        d_scores = weights * (d_here @ value.mT - deltas[chunk.lists, :, None])
+        weights = (scores - chunk.queries(totals)).exp()
+        d_scores = weights * (d_here @ value.mT - chunk.queries(deltas))
         if softcap is not None:
             d_scores = d_scores * (1 - (scores.masked_fill(weights == 0, 0.0) / softcap).square())
-        dq[chunk.lists] = d_scores @ there * scale
-        dk.index_add_(0, chunk.blocks, (d_scores.mT @ here * scale).view(-1, *keys.shape[1:]))
-        dv.index_add_(0, chunk.blocks, (weights.mT @ d_here).view(-1, *values.shape[1:]))
-    return (lists.joined_queries(dq).to(q.dtype), lists.joined_keys(dk).to(k.dtype),
-            lists.joined_keys(dv).to(v.dtype), delta)  # fmt: skip
+        dq.index_copy_(0, chunk.lists, d_scores @ there * scale)
+        dk.index_add_(0, chunk.tokens.flatten(), (d_scores.mT @ here * scale).flatten(0, 1))
+        dv.index_add_(0, chunk.tokens.flatten(), (weights.mT @ d_here).flatten(0, 1))
+    return lists.joined_queries(dq).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), delta
 
 
 def block_maxima_reference(
@@ -271,10 +259,10 @@ def block_maxima_reference(
     batch, groups, columns = q.shape[0], k.shape[1], grid.columns
     members = q.shape[1] // groups
     queries = grid.cut_queries(q).unflatten(1, (groups, members))  # [B, G, members, N * block, D]
-    keys = grid.cut_keys(k)[:, :, : columns * block_k]
+    keys = _shifted(k, grid.starts, columns * block_k)
     wide = _wide(q[:0]).dtype
     maxima = q.new_zeros(batch, groups, 1 if shared else members, rows, columns, dtype=wide)
-    step = max(1, ELEMENTS // (block_q * keys.shape[2]))  # blocks of queries; heads come on top
+    step = max(1, ELEMENTS // (batch * members * block_q * keys.shape[2]))  # blocks of queries
     key_rank = torch.arange(keys.shape[2], device=q.device)
     for first in range(0, rows, step):
         last = min(first + step, rows)
