@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patchattn_kernels import check, routed
+from patchattn_kernels import backend, check, routed
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -28,22 +28,35 @@ def call(length: int = 37, past: int = 0, groups: int = 2) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("past", [0, 11])
-def test_nothing_of_a_pair_that_is_left_out_is_looked_at(causal, past):
-    given = call(past=past)
+@pytest.mark.parametrize("name", check.available("cpu"))
+def test_nothing_of_a_pair_that_is_left_out_is_looked_at(name, causal, past):
+    given = call(length=13, past=past)
     off = given["weights"] == 0
     clean = {name: x.clone().requires_grad_() for name, x in given.items()}
     planted = {name: x.clone() for name, x in given.items()}
     planted["q"][off] = float("nan")
     for x in planted.values():
         x.requires_grad_()
-    upstream = random(2, 4, 37, 8, seed=9)
+    upstream = random(2, 4, 13, 8, seed=9)
     results = []
     for inputs, grad in ((clean, upstream), (planted, upstream.masked_fill(off[..., None], float("nan")))):
-        out = routed(**inputs, causal=causal)
-        results.append([out, *torch.autograd.grad(out, list(inputs.values()), grad)])
+        with backend(name):
+            out = routed(**inputs, causal=causal)
+            results.append([out, *torch.autograd.grad(out, list(inputs.values()), grad)])
     for wanted, found in zip(*results, strict=True):
         assert torch.equal(wanted, found)
     assert not results[0][0][off].any() and not results[0][1][off].any() and not results[0][4][off].any()
+
+
+@pytest.mark.parametrize("name", check.available("cpu"))
+def test_one_token_looks_at_nothing_of_heads_that_are_left_out(name):
+    given = call(length=1, past=30)
+    given["weights"][:] = torch.tensor([0.0, 2.0, 0.0, 0.0])[None, :, None]
+    with backend(name):
+        wanted = routed(**given, causal=True)
+        given["q"][:, [0, 2, 3]] = given["k"][:, 1] = given["v"][:, 1] = float("nan")
+        assert torch.equal(routed(**given, causal=True), wanted)
+    assert wanted[:, 1].all() and not wanted[:, [0, 2, 3]].any()
 
 
 def test_keys_that_no_chosen_query_may_read_are_not_looked_at():
@@ -121,11 +134,31 @@ def test_what_cannot_be_is_refused_by_name(change, message):
 
 
 def test_the_operators_are_registered_as_torch_wants_them():
-    given = {name: x.requires_grad_() for name, x in call(length=9).items()}
-    torch.library.opcheck(
-        torch.ops.patchattn.routed_in_torch, (*given.values(), None, random(4), True, 0.3, None),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )  # fmt: skip
+    given = [x.requires_grad_() for x in call(length=9).values()]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (*given, None, random(4), True, 0.3, None)
+    torch.library.opcheck(torch.ops.patchattn.routed_in_torch, arguments, test_utils=checks)
+    if "triton" in check.available("cpu"):
+        torch.library.opcheck(torch.ops.patchattn.routed, arguments, test_utils=checks)
+        step = [x.detach()[:, :, -1:] for x in given]
+        step[1:3] = [x.detach() for x in given[1:3]]
+        torch.library.opcheck(torch.ops.patchattn.routed_decode, (*step, None, None, 0.3, None), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", check.available("cpu"))
+def test_compiled_it_stays_one_graph_with_the_same_gradients(name):
+    given = [x.requires_grad_() for x in call(length=5).values()]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+        return routed(q * 2, k, v, weights, causal=True) + 1
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        with backend(name):
+            out = function(*given)
+            results.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("case", [case for _, case in check.cases(["routed"])], ids=lambda case: case.label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
@@ -48,6 +49,16 @@ def routed(
     if starts is not None and starts.shape != q.shape[:1]:
         raise ValueError(f"routed: starts is {list(starts.shape)}; it must be [B] = {list(q.shape[:1])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    use_triton("routed", q, k, v, weights, unsupported="Triton form")
-    arguments = q, k, v, weights, starts, sinks, causal, scale, softcap
-    return ops.in_torch(*arguments)
+    given = q, k, v, weights, starts, sinks
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if not use_triton("routed", *given, unsupported=_unsupported(q, v)):
+        return ops.in_torch(*given, causal, scale, softcap)
+    if q.shape[2] == 1 and not trains:
+        return ops.decode(*given, scale, softcap)
+    return ops.forward(*given, causal, scale, softcap)[0]
+
+
+def _unsupported(q: Tensor, v: Tensor) -> str | None:
+    if q.shape[-1] > 128:
+        return f"heads of size {q.shape[-1]}"
+    return None if v.shape[-1] == q.shape[-1] else "values of another size than the keys"

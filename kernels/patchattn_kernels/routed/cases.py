@@ -75,22 +75,28 @@ class Sizes:
         return shares @ v * weights.masked_fill(~seen, 0)[..., None]
 
 
-def _case(sizes: Sizes) -> Case:
-    gradients = ("q", "k", "v", "weights", "sinks") if sizes.sinks else ("q", "k", "v", "weights")
-    return Case(sizes.label, sizes.tensors, sizes.run, sizes.formula, gradients, ("torch",))
+PARTS = (
+    Sizes(1, 2, 2, 77, 16, on=0.5),
+    Sizes(2, 4, 2, 67, 64, on=0.3, padding=(0, 29)),
+    Sizes(1, 3, 1, 70, 40, on=1.0, scale=0.3, softcap=2.0),
+    Sizes(1, 4, 4, 45, 32, on=0.6, causal=False, heads_off=2),
+    Sizes(2, 2, 1, 33, 32, on=0.5, padding=(33, 7), causal=False),
+    Sizes(2, 4, 2, 19, 48, on=0.5, past=37, padding=(0, 40), sinks=True),
+    Sizes(1, 2, 2, 40, 64, on=1.0, heads_off=1),
+    Sizes(2, 4, 2, 1, 16, on=0.5, past=40),
+)
+STEPS = (
+    Sizes(2, 8, 4, 1, 64, on=0.4, past=90, padding=(0, 50)),
+    Sizes(1, 8, 2, 1, 40, on=0.6, past=300, softcap=3.0, sinks=True, heads_off=4),
+    Sizes(2, 2, 2, 1, 32, on=1.0, past=17, padding=(18, 3), scale=0.4),
+)
 
 
-CASES = tuple(
-    _case(sizes)
-    for sizes in (
-        Sizes(1, 2, 2, 77, 16, on=0.5),
-        Sizes(2, 4, 2, 67, 64, on=0.3, padding=(0, 29)),
-        Sizes(1, 3, 1, 70, 40, on=1.0, scale=0.3, softcap=2.0),
-        Sizes(1, 4, 4, 45, 32, on=0.6, causal=False, heads_off=2),
-        Sizes(2, 2, 1, 33, 32, on=0.5, padding=(33, 7), causal=False),
-        Sizes(2, 4, 2, 19, 48, on=0.5, past=37, padding=(0, 40), sinks=True),
-        Sizes(1, 2, 2, 40, 64, on=1.0, heads_off=1),
-        Sizes(2, 8, 4, 1, 64, on=0.4, past=90, padding=(0, 50)),
-        Sizes(1, 8, 2, 1, 40, on=0.6, past=70, softcap=3.0, sinks=True, heads_off=4),
-    )
+def _case(name: str, sizes: Sizes, gradients: tuple[str, ...]) -> Case:
+    return Case(f"{name} {sizes.label}", sizes.tensors, sizes.run, sizes.formula, gradients)
+
+
+CASES = (
+    *(_case("part", sizes, ("q", "k", "v", "weights") + ("sinks",) * sizes.sinks) for sizes in PARTS),
+    *(_case("step", sizes, ()) for sizes in STEPS),
 )

@@ -1,4 +1,5 @@
-"""The primitive as torch operators: loops that depend on the choice cannot be traced, so each is one operator."""
+"""The primitive as torch operators, so that torch.compile keeps one graph: loops that depend on the choice cannot be
+traced."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .reference import routed_backward_reference, routed_reference
+
+LOG2E = 1.4426950408889634
 
 
 @torch.library.custom_op("patchattn::routed_in_torch", mutates_args=())
@@ -65,6 +68,103 @@ def _backward_in_torch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 in_torch.register_autograd(_backward_in_torch, setup_context=_save_in_torch)
+
+
+@torch.library.custom_op("patchattn::routed", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of each pair's sum of weights `[B, H, T]`, in units of log 2."""
+    from . import kernels
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
+        return kernels.forward(q, k, v, weights, starts, sinks, causal, scale, softcap)
+
+
+@forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _empty(q, v), weights.new_empty(weights.shape, dtype=torch.float)
+
+
+@torch.library.custom_op("patchattn::routed_gradients", mutates_args=())
+def gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and `sum(out * grad)` of each pair."""
+    from . import kernels
+
+    with torch.cuda.device_of(q):
+        return kernels.gradients(grad, q, k, v, weights, starts, out, lse, causal, scale, softcap)
+
+
+@gradients.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, starts: Any, out: Any, lse: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, causal, scale, softcap = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = causal, scale, softcap
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, sinks, out, lse = ctx.saved_tensors
+    dq, dk, dv, delta = gradients(grad, *tensors, out, lse, *ctx.settings)
+    weights = tensors[3]
+    d_weights = torch.where(weights == 0, 0.0, delta / weights.float()).to(weights.dtype)
+    d_sinks = None
+    if sinks is not None:
+        share = torch.exp2(sinks.float()[None, :, None] * LOG2E - lse)  # 0 where nothing is computed
+        d_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
+    return dq, dk, dv, d_weights, None, d_sinks, None, None, None
+
+
+forward.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("patchattn::routed_decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """`[B, H, 1, D]`; without gradient."""
+    from . import kernels
+
+    with torch.cuda.device_of(q):
+        return kernels.decode(q, k, v, weights, starts, sinks, scale, softcap)
+
+
+@decode.register_fake
+def _(q: Tensor, *others: Any) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def _empty(q: Tensor, v: Tensor) -> Tensor:
