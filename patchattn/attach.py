@@ -9,6 +9,7 @@ without a method runs what ran before.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -130,6 +131,10 @@ def _resolve(sites: Sequence[Site], plan: Sequence[tuple[Any, list[Method], bool
     for selector, methods, named in plan:
         if len({type(method) for method in methods}) < len(methods):
             raise ValueError(f"the same method twice in one list: {', '.join(type(m).__name__ for m in methods)}")
+        for method, follower in itertools.pairwise(methods):
+            if method.innermost:
+                raise ValueError(f"{method.name} computes attention itself, so {follower.name} after it in a list would "
+                                 f"not run; put {method.name} last")  # fmt: skip
         chosen = select(sites, selector) if named else default_sites(sites)
         reasons = {site.name: reason for site in chosen if (reason := unfit(site, methods)) is not None}
         if reasons and (named or len(reasons) == len(chosen)):

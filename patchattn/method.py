@@ -104,6 +104,7 @@ class Method(nn.Module):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings that `inspect` shows beside each other
     exact: ClassVar[bool] = False  # computes what the unpatched model computes, for every setting
     chooses: ClassVar[bool] = False  # by comparing scores, so that rounding may move a few tokens' results in jumps
+    innermost: ClassVar[bool] = False  # computes attention itself: what follows it in a list of methods would not run
     example: ClassVar[dict[str, Any]] = {}  # settings that make sense on a toy model of a few dozen tokens
     transfer_kinds: ClassVar[tuple[str, ...]] = ("output",)  # losses it can be transferred with, its own choice first
 

@@ -110,6 +110,17 @@ def test_a_list_composes_with_the_outermost_first():
             None,
             "DuoAttention: unknown field 'windw'; allowed: heads, share, sink, recent, prefill",
         ),
+        (
+            ["duo_attention", "gated_attention"],
+            None,
+            "duo_attention computes attention itself, so gated_attention after it in a list would not run; put "
+            "duo_attention last",
+        ),
+        (
+            ["seer_attention_decode", "duo_attention"],
+            None,
+            "seer_attention_decode and duo_attention each keep a cache layer of their own",
+        ),
         ("duo_attention:sink", None, "'sink' is no setting; write name:key=value"),
         ("dense", "0-9", "there is no layer 9; the model has 4"),
         ("dense", "3-1", "runs backwards"),

@@ -47,6 +47,7 @@ class DuoAttention(Method):
 
     summary = "long context in less memory: some KV heads keep only sinks and a recent window"
     paper = "DuoAttention, arXiv 2410.10819"
+    innermost = True
     example = {"heads": 0.5, "sink": 2, "recent": 5}  # noqa: RUF012
 
     @dataclass(frozen=True)

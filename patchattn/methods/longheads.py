@@ -48,6 +48,7 @@ class LongHeads(Method):
     summary = "texts far beyond the trained length: each head picks the chunks it reads"
     paper = "LongHeads, arXiv 2402.10685"
     rotary = "raw"
+    innermost = True
     example = {"chunk": 2, "window": 8}  # noqa: RUF012
 
     @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class VAR(Method):
     summary = "vision-language models look more at the image: weight of sinks goes back to it"
     paper = "See What You Are Told: Visual Attention Sink in Large Multimodal Models, arXiv 2503.03321"
     needs = frozenset({"residual", "model_inputs"})
+    innermost = True
     example: ClassVar[dict[str, Any]] = {
         "sink_dims": (0, 1), "tau": 1.0, "non_sink_min": 0.2, "min_visual": 0.01, "skip_first": 0, "skip_last": 0,
         "generated_sinks": True,

@@ -336,8 +336,8 @@ def test_what_it_does_not_fit_is_said_before_anything_changes(build, fields, mes
     assert testing.snapshot(model) == before
 
 
-def test_two_methods_with_caches_of_their_own_are_refused():
-    with pytest.raises(ValueError, match="var and duo_attention each keep a cache layer of their own"):
+def test_nothing_may_come_after_it_that_would_not_run():
+    with pytest.raises(ValueError, match="var computes attention itself, so duo_attention after it"):
         patchattn.patch(LLAVA.base(), [patchattn.VAR(**SETTINGS), patchattn.DuoAttention(sink=1, recent=2)])
 
 
