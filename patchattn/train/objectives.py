@@ -46,6 +46,7 @@ class Transfer:
             for site in record_of(self.root).patched
         }
         self.losses: list[Tensor] | None = None  # of the forward that is going on
+        self.noted: dict[str, list[Tensor]] = {}  # what methods say of themselves in an evaluation, layer by layer
         self.backward: Backward | None = None
         self.share = 1.0
 
@@ -72,6 +73,9 @@ class Transfer:
             loss = loss.detach()
         assert self.losses is not None
         self.losses.append(loss)
+        if not torch.is_grad_enabled():
+            for name, value in ctx.attachment.methods[0].diagnostics(ctx).items():
+                self.noted.setdefault(name, []).append(value)
         return target
 
 

@@ -103,6 +103,10 @@ class ConversionTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, size = self.accelerator.reduce(self._held_out.to(self.args.device).float()).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / size
+        for name, values in getattr(self.objective, "noted", {}).items():
+            mean = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
+            output.metrics[f"{metric_key_prefix}_{name}"] = mean
+            values.clear()
         return output
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
