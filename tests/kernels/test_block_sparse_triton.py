@@ -160,5 +160,5 @@ def test_values_of_another_size_are_left_to_torch():
 def test_maxima_of_large_blocks_in_float32_are_left_to_torch():
     q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 1, 70, 16)
     assert block_maxima(q, k, block=64).shape == (1, 2, 2, 2)
-    with backend("triton"), pytest.raises(RuntimeError, match="no maxima of blocks of 64 in float32"):
+    with backend("triton"), pytest.raises(RuntimeError, match="no maxima of blocks of 64 queries in float32"):
         block_maxima(q, k, block=64)

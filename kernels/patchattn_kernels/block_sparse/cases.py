@@ -148,10 +148,11 @@ STEPS = (
 )
 MAPS = (
     Sizes(1, 2, 2, 2, 77, 77, 16, (16, 16)),
-    Sizes(2, 2, 1, 1, 49, 49, 32, (32, 16), padding=(0, 29), shared=True),
+    Sizes(2, 2, 1, 1, 49, 49, 32, (16, 32), padding=(0, 29), shared=True),
     Sizes(1, 3, 1, 1, 40, 61, 16, (1, 16), shared=True, sinks=True),
     Sizes(2, 2, 1, 1, 33, 45, 40, (16, 32), causal=False, padding=(14, 0), softcap=2.0),
     Sizes(2, 2, 1, 1, 33, 64, 16, (16, 16), padding=(0, 30), unfilled=(5, 0)),
+    Sizes(1, 1, 1, 1, 20, 150, 16, (16, 128)),
 )
 
 

@@ -45,7 +45,7 @@ FORWARD_AMPERE = FORWARD | {  # more would spill there
 QUERIES: Table = {(16, 128): (Tiles(64, 32, 8, 2), Tiles(16, 32, 4, 2)), (32, 128): (Tiles(16, 16, 4, 1),)}
 KEYS: Table = {(16, 128): (Tiles(32, 64, 8, 2), Tiles(16, 64, 8, 2)), (32, 128): (Tiles(16, 16, 4, 1),)}
 SUMS: Table = {(16, 128): (Tiles(128, 64, 8, 3),), (32, 128): (Tiles(16, 32, 4, 1),)}
-MAXIMA: Table = {(16, 128): (Tiles(128, 64, 8, 3),), (32, 128): (Tiles(16, 16, 8, 1),)}  # at least, not at most
+MAXIMA: Table = {(16, 128): (Tiles(128, 64, 8, 3),), (32, 128): (Tiles(16, 64, 8, 1),)}
 COLUMNS = 512  # of a mask, read at a time
 
 
@@ -428,7 +428,9 @@ def maxima_kernel(
     It reads all keys; of each tile the largest logarithm of a weight is found, and only that is exponentiated.
     """
     ROWS: tl.constexpr = BLOCK_T // BLOCK_Q
-    COLUMNS: tl.constexpr = BLOCK_S // BLOCK_K
+    SUB: tl.constexpr = tl.cdiv(BLOCK_K, BLOCK_S)
+    WIDTH: tl.constexpr = BLOCK_K // SUB
+    COLUMNS: tl.constexpr = BLOCK_S // WIDTH
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, owner = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, real, first, first_block = _grid(starts_ptr, ends_ptr, batch, T, S, BLOCK_Q)
@@ -445,24 +447,25 @@ def maxima_kernel(
         lse = tl.load(sums + token, mask=inside, other=float("inf"))
     row = number * ROWS + tl.arange(0, ROWS)
     out = maxima_ptr + ((batch * tl.num_programs(2) + owner) * rows + row[:, None]) * blocks
-    stop = tl.cdiv(real, BLOCK_S)
+    stop = tl.cdiv(real, BLOCK_S * SUB)
     if CAUSAL:
-        stop = tl.minimum(stop, tl.cdiv(rank + BLOCK_T, BLOCK_S))
+        stop = tl.minimum(stop, tl.cdiv(rank + BLOCK_T, BLOCK_S * SUB))
     for index in range(0, stop):
-        key_rank = index * BLOCK_S + tl.arange(0, BLOCK_S)
-        k = _load(k_base, key_rank.to(tl.int64) * stride_ks, columns, key_rank < real, D, UPCAST)
-        keep = (key_rank < real)[None, :]
-        if CAUSAL:
-            keep = keep & (key_rank[None, :] <= query_rank[:, None])
         best = tl.zeros([ROWS, COLUMNS], tl.float32) - float("inf")
-        for member in range(0, MEMBERS):
-            if MEMBERS > 1:
-                q = _load(q_base + member * stride_qh, token_offsets, columns, inside, D, UPCAST)
-                lse = tl.load(sums + member * T + token, mask=inside, other=float("inf"))
-            logged = _scores(q, k, scale, softcap, SOFTCAP, PRECISION) - lse[:, None]
-            logged = tl.reshape(tl.where(keep, logged, float("-inf")), [BLOCK_T, COLUMNS, BLOCK_K])
-            found = tl.reshape(tl.max(logged, 2), [ROWS, BLOCK_Q, COLUMNS])
-            best = tl.maximum(best, tl.max(found, 1))
+        for part in tl.static_range(SUB):
+            key_rank = (index * SUB + part) * BLOCK_S + tl.arange(0, BLOCK_S)
+            k = _load(k_base, key_rank.to(tl.int64) * stride_ks, columns, key_rank < real, D, UPCAST)
+            keep = (key_rank < real)[None, :]
+            if CAUSAL:
+                keep = keep & (key_rank[None, :] <= query_rank[:, None])
+            for member in range(0, MEMBERS):
+                if MEMBERS > 1:
+                    q = _load(q_base + member * stride_qh, token_offsets, columns, inside, D, UPCAST)
+                    lse = tl.load(sums + member * T + token, mask=inside, other=float("inf"))
+                logged = _scores(q, k, scale, softcap, SOFTCAP, PRECISION) - lse[:, None]
+                logged = tl.reshape(tl.where(keep, logged, float("-inf")), [BLOCK_T, COLUMNS, WIDTH])
+                found = tl.reshape(tl.max(logged, 2), [ROWS, BLOCK_Q, COLUMNS])
+                best = tl.maximum(best, tl.max(found, 1))
         block = index * COLUMNS + tl.arange(0, COLUMNS)
         tl.store(out + block[None, :], tl.exp2(best), mask=(row < rows)[:, None] & (block < blocks)[None, :])
 
@@ -582,12 +585,12 @@ def maxima(
         BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **options,
     )  # fmt: skip
     (tiles,) = MAXIMA[8 * q.element_size(), 128]
-    owners, blocks, block_t = groups if shared else heads, triton.cdiv(keys, block[1]), max(tiles.queries, block[0])
+    owners, blocks = groups if shared else heads, triton.cdiv(keys, block[1])
     found = torch.zeros(batch, owners, rows, blocks, dtype=torch.float32, device=q.device)
-    maxima_kernel[(triton.cdiv(rows, block_t // block[0]), batch, owners)](
+    maxima_kernel[(triton.cdiv(rows, tiles.queries // block[0]), batch, owners)](
         q, k, lse, found, starts, ends, *sides, queries, keys, rows, blocks, scale, softcap or 1.0,
-        MEMBERS=heads // owners, BLOCK_Q=block[0], BLOCK_K=block[1], BLOCK_T=block_t,
-        BLOCK_S=max(tiles.keys, block[1]), num_warps=tiles.num_warps, num_stages=tiles.num_stages, **options,
+        MEMBERS=heads // owners, BLOCK_Q=block[0], BLOCK_K=block[1], BLOCK_T=tiles.queries, BLOCK_S=tiles.keys,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **options,
     )  # fmt: skip
     return found
 
@@ -699,10 +702,9 @@ def _shapes(kernel: Any, tiles: Tiles, bits: int) -> Iterator[tuple[str, dict[st
     if kernel is sums_kernel:
         yield f"{tiles.queries}x{tiles.keys}", dict(BLOCK_T=tiles.queries, BLOCK_S=tiles.keys), tiles.queries
     elif kernel is maxima_kernel:
-        for block_q, block_k, members in ((64, 64, 1), (128, 128, 4), (1, 64, 4)) if bits == 16 else ((32, 32, 1),):
-            rows = max(tiles.queries, block_q)
-            constants = dict(BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=rows, BLOCK_S=max(tiles.keys, block_k))
-            yield f"blocks of {block_q}x{block_k}", constants | dict(MEMBERS=members), rows
+        for block_q, block_k, members in ((1, 128, 4), (min(tiles.queries, 64), 64, 1), (tiles.queries, 128, 1)):
+            constants = dict(BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys)
+            yield f"blocks of {block_q}x{block_k}", constants | dict(MEMBERS=members), tiles.queries
     else:  # a list of one head, of heads that fill a tile together, and of 4 heads for each single token
         for pack in (1, 2) if tiles.queries >= 64 else (1, tiles.queries):
             tokens = tiles.queries // pack

@@ -195,8 +195,8 @@ def _unsupported(
     size, narrow = q.shape[-1], q.element_size() == 2
     if block[0] not in (1, *BLOCKS) or block[1] not in BLOCKS:
         return f"blocks of {block[0]} queries and {block[1]} keys"
-    if maxima and not narrow and max(block) > 32:
-        return f"maxima of blocks of {max(block)} in float32"
+    if maxima and not narrow and block[0] > 16:
+        return f"maxima of blocks of {block[0]} queries in float32"
     if size > (256 if narrow and not (gradient or maxima) else 128):
         return f"{'gradient for ' if gradient else ''}heads of size {size} in {str(q.dtype).removeprefix('torch.')}"
     if v is not None and v.shape[-1] != size:
