@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PAIRS = 128  # that are computed at once
+PAIRS = 64  # that are computed at once
 
 
 def routed_reference(
@@ -50,14 +50,19 @@ def routed_reference(
 
 def _lists(weights: Tensor, starts: Tensor | None, k: Tensor) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
     """For each row and KV head that is read: its first key, and the heads and tokens of its pairs, by token."""
-    (rows, heads, length), (groups, keys) = weights.shape, k.shape[1:3]
-    first = [0] * rows if starts is None else starts.clamp(min=0).tolist()
-    for b in range(rows):
-        skipped = max(0, first[b] - (keys - length))  # queries that are padding
-        for g, some in enumerate(weights[b, :, skipped:].chunk(groups)):
-            token, member = some.mT.nonzero(as_tuple=True)
-            if len(token):
-                yield b, g, first[b], member + g * (heads // groups), token + skipped
+    length, (groups, keys) = weights.shape[2], k.shape[1:3]
+    chosen = (weights != 0).unflatten(1, (groups, -1)).mT  # [B, G, T, H / G]
+    first = [0] * len(weights)
+    if starts is not None:
+        first = starts.clamp(min=0).tolist()
+        place = torch.arange(keys - length, keys, device=k.device)
+        chosen = chosen & (place >= starts[:, None])[:, None, :, None]
+    sizes = chosen.sum(dim=(2, 3)).flatten().tolist()
+    _, group, tokens, member = chosen.nonzero(as_tuple=True)
+    heads = group * chosen.shape[3] + member
+    for index, (head, token) in enumerate(zip(heads.split(sizes), tokens.split(sizes), strict=True)):
+        if len(token):
+            yield index // groups, index % groups, first[index // groups], head, token
 
 
 def _blocks(place: Tensor, keys: int, causal: bool) -> Iterator[tuple[slice, int]]:
@@ -74,8 +79,8 @@ def _shares(
     scores = q @ k.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if causal:  # keys up to the first query's own are read by all
-        first = int(place[0])
+    first = int(place[0])
+    if causal and first + 1 < len(k):  # the others are read by all
         hidden = torch.arange(first, len(k), device=k.device) > place[:, None]
         scores[:, first:].masked_fill_(hidden, float("-inf"))
     if sinks is None:
