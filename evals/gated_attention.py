@@ -91,7 +91,7 @@ def main() -> None:
     wrong = [model for model in given.models if "=" not in model]
     if wrong:
         parser.error(f"{wrong[0]} is no NAME=FOLDER")
-    found = {}
+    found: dict[str, GateStats] = {}
     for name, folder in (model.split("=", 1) for model in given.models):
         stats, quality = measure(folder, given.data)
         if not found:

@@ -29,24 +29,24 @@ from patchattn.record import patch_of
 from patchattn.train.synthetic import make
 
 
-def quality(checkpoint: str, model: Any, data: str) -> dict[str, float]:
+def quality(checkpoint: str, model: Any, data: str, characters: int) -> dict[str, float]:
     """What a checkpoint is for, by name."""
     if checkpoint != "lab-llama":
         found = score(checkpoint, model)
         return {found.what: found.value or 0.0}
     tokenizer = load_tokenizer(checkpoint)
-    texts = read_texts(Path(data, "books", "held_out"))
+    texts = [text[:characters] for text in read_texts(Path(data, "books", "held_out"))]
     pairs = make("mqar", tokenizer, TASK_SEED, pairs=8)
     return {
         "bits per byte": bits_per_byte(model, tokenizer, texts).bits_per_byte,
-        "values of 8 pairs recalled": recall(model, pairs, length=512, samples=64).tokens,
+        "values of 8 pairs recalled": recall(model, pairs, length=512, samples=32).tokens,
     }
 
 
-def measured(checkpoint: str, model: Any, data: str) -> dict[str, Any]:
+def measured(checkpoint: str, model: Any, data: str, characters: int) -> dict[str, Any]:
     """The quality of a model and, where it is patched, the share of the tokens that each head was on for."""
     if patch_of(model) is None:
-        return {"quality": quality(checkpoint, model, data)}
+        return {"quality": quality(checkpoint, model, data, characters)}
     seen: dict[str, tuple[Tensor, int]] = {}
 
     def note(ctx: Any) -> Tensor:
@@ -58,7 +58,7 @@ def measured(checkpoint: str, model: Any, data: str) -> dict[str, Any]:
         return out
 
     with watching(model, note):
-        found = quality(checkpoint, model, data)
+        found = quality(checkpoint, model, data, characters)
     loads = [total / count for total, count in seen.values()]
     return {
         "quality": found,
@@ -73,14 +73,15 @@ def main() -> None:
     parser.add_argument("--trained", required=True, metavar="FOLDER")
     parser.add_argument("--control", metavar="FOLDER")
     parser.add_argument("--data", default="lab-data", help="what `patchattn lab data` wrote")
+    parser.add_argument("--characters", type=int, default=6000, help="of each held-out text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON")
     given = parser.parse_args()
     trained, base = (load_model(name, dtype="float32") for name in (given.trained, given.checkpoint))
     models = {"as it is": base, "after the recipe": trained}
     if given.control is not None:
         models["after the same training without MoH"] = load_model(given.control, dtype="float32")
-    models["with MoH, untrained"] = apply_plan(load_model(given.checkpoint, dtype="float32"), plan_of(trained))  # type: ignore[type-var]
-    found = {name: measured(given.checkpoint, model, given.data) for name, model in models.items()}
+    models["with MoH, untrained"] = apply_plan(load_model(given.checkpoint, dtype="float32"), plan_of(trained))
+    found = {name: measured(given.checkpoint, model, given.data, given.characters) for name, model in models.items()}
     names = list(found["as it is"]["quality"])
     print(
         "\n".join([f"| {given.checkpoint} | {' | '.join(names)} | pairs skipped |", "| --- " * (len(names) + 2) + "|"])
@@ -92,7 +93,12 @@ def main() -> None:
         skipped = f"{values['pairs skipped']:.1%}" if "load" in values else "0%"
         print(f"| {name} | {' | '.join(shown)} | {skipped} |")
     if given.output is not None:
-        result = {"checkpoint": given.checkpoint, "patch": plan_of(trained)[0]["methods"], "models": found}
+        result = {
+            "checkpoint": given.checkpoint,
+            "characters": given.characters,
+            "patch": plan_of(trained)[0]["methods"],
+            "models": found,
+        }
         given.output.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
 
 

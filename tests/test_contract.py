@@ -20,8 +20,7 @@ VARIANTS = {
         {"heads": 0.5, "sink": 2, "recent": 5, "compensation": True, "slack": 3},
     ),
     "moh-linear": ("moh", {"router": "linear", "shared": 1, "top_k": 2}),
-    "moh-chosen-pairs": ("moh", {"shared": 1, "top_k": 1, "least_keys": 0}),
-    "moh-kv-group": ("moh", {"router": "linear", "route": "kv_group", "shared": 0, "top_k": 2, "least_keys": 0}),
+    "moh-kv-group": ("moh", {"route": "kv_group", "shared": 0, "top_k": 2, "least_keys": 0}),
 }
 
 
