@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import card
+from . import card, seer_published
 from .description import CONFIG, auto_class, check_base, describe, is_whole, read_description
 from .folder import CARD, contents, is_patch_file, is_weights, keep_foreign_card, replacing
 from .living import plan_of
@@ -52,13 +52,19 @@ def load(
     """Put a saved patch on the model it was made for, in place, and return the model.
 
     Args:
-        source: a folder or a repository of the hub, with a patch or with a whole patched model.
+        source: a folder or a repository of the hub, with a patch, with a whole patched model, or with gates as
+            SeerAttention's authors publish them.
         revision: branch, tag or commit of the repository.
         strict_base: whether a patch made for a base model of another name is refused.
 
     Version, base model, shapes and tensors are checked, and named if they differ, before the model is touched.
     """
     folder = _local(source, revision)
+    if seer_published.is_published(folder):
+        description, gates = seer_published.read_published(folder)
+        if strict_base:
+            check_base(description, root_of(model))
+        return put_on(model, description, TensorCheck(gates, os.fspath(source), description, root_of(model)))
     description = read_description(folder, os.fspath(source))
     if strict_base:
         check_base(description, root_of(model))
@@ -132,7 +138,8 @@ def _local(source: str | os.PathLike[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(name, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, "config.json", TENSORS]))
+        wanted = [CONFIG, "config.json", TENSORS, seer_published.WEIGHTS]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def repository(repo: str, private: bool | None, revision: str | None, token: str | None) -> tuple[Any, str]:

@@ -526,7 +526,7 @@ class Gate(Method):
         return torch.stack(found).sum()
 
     @torch.no_grad()
-    def diagnostics(self, ctx: AttentionContext) -> dict[str, Tensor]:
+    def diagnostics(self, ctx: AttentionContext, densities: Sequence[float] = DENSITIES) -> dict[str, Tensor]:
         """The share of block mass caught, by the gate, by its mean-pooled queries and keys, by chance, and at best."""
         found = {}
         for gate in (method for method in ctx.attachment.methods if isinstance(method, Gate)):
@@ -534,7 +534,7 @@ class Gate(Method):
             target = losses.block_target(ctx, block, scores.shape[1], scores.shape[2])
             rivals = {"gate": scores, "best": target, "pooled": gate.pooled_scores(ctx, scores.shape[2]),
                       "random": torch.rand(scores.shape, device=scores.device)}  # fmt: skip
-            for density in DENSITIES:
+            for density in densities:
                 for name, rival in rivals.items():
                     rival = rival.masked_fill(scores == -torch.inf, -torch.inf)
                     found[f"{gate.name}_{name}_{density}"] = mass_caught(target, rival, density)

@@ -104,6 +104,7 @@ class SeerAttention(Gate):
             (site.heads if single else site.kv_heads, len(keys) * width, size),
         )
         self.groups = site.heads // site.kv_heads
+        self.queries: Tensor | None = None  # pools of the queries of the call that goes on
 
     def active(self, ctx: AttentionContext) -> bool:
         length, past = ctx.q.shape[2], ctx.past_length if isinstance(ctx.past_length, int) else 0
@@ -125,7 +126,6 @@ class SeerAttention(Gate):
         block, first = self.config.block, call.first_block(self.config.block)
         place = first[:, None] + torch.arange(call.rows(block), device=first.device)
         latest = (call.after // block) - first
-        self.queries: Tensor | None = None
         for name, x in (("open_queries", ctx.q), ("open_keys", ctx.k)):
             pools, count = call.pool(x, block, getattr(notes, name))
             notes.carry(name, pools.at(latest), static)
@@ -137,16 +137,20 @@ class SeerAttention(Gate):
                 notes.write(self.turned(ctx, self.key_features(features), place * block), first, blocks)
 
     def choose(self, ctx: AttentionContext, call: Call, notes: Notes, keys: int) -> Tensor:
-        assert notes.keys is not None and self.queries is not None
-        block, config = self.config.block, self.config
+        assert notes.keys is not None
+        block = self.config.block
         known = notes.keys[:, :, : min(-(-keys // block), notes.keys.shape[2] - 1)]
         row = call.first_block(block)[:, None] + torch.arange(call.rows(block), device=known.device)  # [B or 1, N]
-        queries = self.turned(ctx, self.query_features(self.queries), row * block)
+        mask, allowed = self.select(self.scores(ctx, known, row), row, -(-call.after // block), self.config)
         self.queries = None
-        scores = queries @ known.mT * queries.shape[-1] ** -0.5
-        mask, allowed = self.select(scores, row, -(-call.after // block), config)
         self._remember(mask, allowed)
         return mask
+
+    def scores(self, ctx: AttentionContext, known: Tensor, row: Tensor) -> Tensor:
+        """Of the queries of this call, in the blocks `row`, with the gate keys `known` `[B, H, M, G]`."""
+        assert self.queries is not None
+        queries = self.turned(ctx, self.query_features(self.queries), row * self.config.block)
+        return queries @ known.mT * queries.shape[-1] ** -0.5
 
     @staticmethod
     def select(scores: Tensor, row: Tensor, blocks: Tensor, config: SeerAttention.Config) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -420,3 +422,67 @@ def test_sparsity_is_a_setting_of_the_running_model():
         ours = in_calls(model, ids, [40])
     patchattn.unpatch(model)
     assert torch.equal(ours, in_calls(model, ids, [40]))
+
+
+# ---- published gates ----------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "single": (
+        patchattn.SeerAttention(block=4, threshold=0.2),
+        {"seerattn_gate_type": "Qavg_Kmaxminavg", "seerattn_sparsity_method": "threshold", "seerattn_threshold": 0.2},
+        {"key_weight": "mask_linear_k"},
+    ),
+    "double": (
+        patchattn.SeerAttention(block=4, q_pool="max,min", k_pool="avg", gate_dim=6, density=0.4),
+        {"seerattn_gate_type": "Qmaxmin_Kavg", "seerattn_sparsity_method": "nz_ratio", "seerattn_nz_ratio": 0.4},
+        {"query_weight": "mask_linear_q", "key_weight": "mask_linear_k"},
+    ),
+    "decode": (
+        patchattn.SeerAttentionDecode(block=4, token_budget=8, q_heads="avgproj", k_pool="max,min"),
+        {"seerattn_q_head_pooling_type": "Qavgproj", "seerattn_k_seq_pooling_type": "Kmaxmin",
+         "seerattn_token_budget": 8, "seerattn_use_qk_norm": True},
+        {"query_weight": "attngate_linear_q", "key_weight": "attngate_linear_k", "query_norm": "attngate_qnorm",
+         "key_norm": "attngate_knorm"},
+    ),
+}  # fmt: skip
+
+
+def publish(folder: Any, model: Any, config: dict[str, Any], names: dict[str, str]) -> None:
+    """Write a model's gates as the authors write theirs."""
+    weights = {}
+    for name, tensor in patch_parameters(model).items():
+        layer, _, own = name.partition(".patchattn.0.")
+        weights[f"{layer}.attn_gate.{names[own]}.weight"] = tensor.detach().clone()
+    torch.save(weights, folder / "attn_gate_weights.pth")
+    common = {"architectures": ["LlamaForCausalLM"], "base_model": "someone/tiny", "seerattn_gate_block_size": 4}
+    (folder / "config.json").write_text(json.dumps({**common, **config}))
+
+
+@pytest.mark.parametrize("kind", list(PUBLISHED))
+def test_published_gates_load_and_are_saved_as_any_patch(kind, tmp_path):
+    method, config, names = PUBLISHED[kind]
+    model, ids, lengths = patched(method), tokens(40), [30] + [1] * 10
+    publish(tmp_path, model, config, names)
+    wanted = in_calls(model, ids, lengths)
+    loaded = patchattn.load(tiny(), tmp_path)
+    assert torch.equal(in_calls(loaded, ids, lengths), wanted)
+    patchattn.save(loaded, tmp_path / "saved")
+    assert torch.equal(in_calls(patchattn.load(tiny(), tmp_path / "saved"), ids, lengths), wanted)
+
+
+def test_published_gates_for_other_models_or_with_other_things_in_them_are_refused(tmp_path):
+    model = patched(PUBLISHED["single"][0])
+    publish(tmp_path, model, *PUBLISHED["single"][1:])
+    other = tiny(num_attention_heads=8)
+    with pytest.raises(ValueError, match="key_weight in shape"):
+        patchattn.load(other, tmp_path)
+    torch.save({"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)}, tmp_path / "attn_gate_weights.pth")
+    with pytest.raises(ValueError, match=r"q_proj\.weight.*no part of a gate"):
+        patchattn.load(other, tmp_path)
+    torch.save({"model.layers.0": Spoiled()}, tmp_path / "attn_gate_weights.pth")
+    with pytest.raises(pickle.UnpicklingError, match=r"(?i)weights.only"):
+        patchattn.load(other, tmp_path)
+
+
+class Spoiled:
+    """What no file of tensors may hold."""
