@@ -10,6 +10,8 @@ Nothing here holds `[B, H, T, S]`, nor the scores `[B, H, T, chunks]` of more th
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -207,36 +209,62 @@ def _one_token(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, selected: Tensor, opened: Tensor,
     sinks: Tensor | None, chunk: int, scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same for one query a row, whose chunks are gathered and read at once."""
-    rows, heads, group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
-    k, v = (_chunks(x, chunk) for x in (k, v))
+    """The same for one query a row. In float32 its chunks are read where they lie, without a copy."""
+    (rows, heads, _, size), (groups, length) = q.shape, k.shape[1:3]
     chosen = selected[:, :, 0]
     step = _steps(chosen)
     readable = step[..., :1] * chunk + opened[:, :, None]  # [B, H, 1], of the chosen chunks side by side
-    step, chosen = step.clamp(min=0), chosen.clamp(min=0, max=k.shape[2] - 1)
-    q = (q.float() * cos[step] + turned.float() * sin[step])[..., None, :].mT  # [B, H, n, D, 1]
-    pairs = [(b, h, h // group) for b in range(rows) for h in range(heads)]
-    # One head's chunks at a time, gathered to one place, which stays in the processor's cache.
-    gathered = k.new_empty(chosen.shape[2], chunk, k.shape[4])
-    products = []
-    for b, h, g in pairs:
-        torch.index_select(k[b, g], 0, chosen[b, h], out=gathered)
-        products.append(gathered.float() @ q[b, h])
-    scores = _capped(torch.stack(products).view(rows, heads, -1) * scale, softcap)  # [B, H, n * chunk]
+    step = step.clamp(min=0)
+    q = q.float() * cos[step] + turned.float() * sin[step]  # [B, H, n, D]
+    tokens = chosen.long()[..., None] * chunk + torch.arange(chunk, device=q.device)
+    tokens = tokens.clamp(min=0, max=length - 1).flatten(2)  # [B, H, n * chunk]
+    row, head = (torch.arange(count, device=q.device) for count in (rows, heads))
+    owner = row[:, None], head // (heads // groups)
+    scores = _products(q.view(-1, size), *_listed(k, tokens, owner), chunk).view(rows, heads, -1)
+    scores = _capped(scores * scale, softcap)
     scores = scores.masked_fill(torch.arange(scores.shape[2], device=q.device) >= readable, float("-inf"))
     everything = scores if sinks is None else torch.cat([scores, sinks.float()[:, None].expand(rows, -1, 1)], dim=-1)
     total = everything.logsumexp(dim=-1, keepdim=True)
     weights = (scores - total.clamp(min=torch.finfo(torch.float).min)).exp()  # padding reads nothing
-    tokens = (chosen[..., None] * chunk + torch.arange(chunk, device=q.device)).flatten(2)
-    out = torch.stack([_weighted(v[b, g], chosen[b, h], tokens[b, h], weights[b, h]) for b, h, g in pairs])
+    out = _weighted(weights.flatten(0, 1), *_listed(v, tokens, owner))
     return out.view(rows, heads, 1, -1), total
 
 
-def _weighted(v: Tensor, chosen: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of the tokens of some chunks: `[chunks, chunk, D]`, `[n]`, twice `[n * chunk]`, to `[D]`."""
-    if v.dtype == torch.float:  # needs no copy of them
-        return functional.embedding_bag(tokens[None], v.flatten(0, 1), mode="sum", per_sample_weights=weights[None])[0]
-    return weights @ v.index_select(0, chosen).float().flatten(0, 1)
+def _listed(x: Tensor, tokens: Tensor, owner: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`[B, G, S, D]` as one list of tokens `[any, D]`, and where in it the tokens `[B, H, n]` of some heads are."""
+    rows, groups, length, size = x.shape
+    if x.stride()[2:] != (size, 1) or x.stride(0) % size or x.stride(1) % size:
+        x = x.contiguous()
+    apart = x.stride(0) // size, x.stride(1) // size  # rows and heads, in tokens
+    count = (rows - 1) * apart[0] + (groups - 1) * apart[1] + length
+    first = owner[0] * apart[0] + owner[1] * apart[1]
+    return x.as_strided((count, size), (size, 1)), (tokens + first[..., None]).flatten(0, 1)
+
+
+def _products(q: Tensor, k: Tensor, tokens: Tensor, chunk: int) -> Tensor:
+    """Of each query `[N, D]` with a chunk of keys of its own: `[N * chunk]`."""
+    if k.dtype != torch.float:
+        return q[:, None] @ k.index_select(0, tokens.flatten()).float().view(len(q), chunk, -1).mT
+    _beta()
+    ends = torch.arange(0, tokens.numel() + 1, chunk, device=k.device)
+    asked = torch.sparse_csr_tensor(ends, tokens.flatten(), q.new_zeros(tokens.numel()), (len(q), len(k)),
+                                    check_invariants=False)  # fmt: skip
+    return torch.sparse.sampled_addmm(asked, q, k.T, beta=0.0).values()
+
+
+def _weighted(weights: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+    """The sum of some tokens of `v`, by weight: twice `[heads, n]` to `[heads, D]`."""
+    if v.dtype != torch.float:
+        return weights[:, None] @ v.index_select(0, tokens.flatten()).float().view(*tokens.shape, -1)
+    return functional.embedding_bag(tokens, v, mode="sum", per_sample_weights=weights)
+
+
+@functools.cache
+def _beta() -> None:
+    """Let torch say unheard what it says once in a process: that its sparse tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
