@@ -17,7 +17,11 @@ METHODS = {
     "the published chunks": (
         patchattn.DuoAttention(heads=0.5, sink=2, recent=5, prefill="chunked"), {"sink_window"},
     ),
+    "chosen heads": (patchattn.MoH(shared=1, top_k=2, least_keys=0), {"routed"}),
 }  # fmt: skip
+OPTIONS = {"at once": {}, "in parts": {"prefill_chunk_size": 7}, "static": {"cache_implementation": "static"}}
+CASES = [(name, way) for name in METHODS for way in OPTIONS]
+CASES.remove(("chosen heads", "static"))  # there every pair is computed, by the model's own attention
 
 
 def llama():
@@ -27,9 +31,8 @@ def llama():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}, {"cache_implementation": "static"}], ids=str)
-def test_generation_from_a_padded_batch(name, options):
+@pytest.mark.parametrize(("name", "way"), CASES, ids=[f"{name} {way}" for name, way in CASES])
+def test_generation_from_a_padded_batch(name, way):
     method, primitives = METHODS[name]
     model = patchattn.patch(llama(), method)
     ids = torch.randint(1, 61, (2, 18))
@@ -40,7 +43,7 @@ def test_generation_from_a_padded_batch(name, options):
         with backend(choice):
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0, disable_compile=True,
-                output_logits=True, return_dict_in_generate=True, **options,
+                output_logits=True, return_dict_in_generate=True, **OPTIONS[way],
             )  # fmt: skip
         found[choice] = torch.stack(out.logits)
         if choice == "triton":
