@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 QUERY_PROJECTIONS = ("q_proj", "query", "to_q", "q_b_proj", "q_lin")
 EPSILON = 1e-12
+FEW = 16  # tokens of a call
 
 
 @register("moh")
@@ -76,8 +77,8 @@ class MoH(Method):
             ste: which routed heads the parameter-free router learns from: "full" (all, as published, so that training
                 computes all of them), "selected" (the chosen) or "none".
             balance: weight, while training, of the load-balance loss.
-            least_keys: with fewer keys than this, or eight times as many for a single token, every head is computed and
-                weighted after, which is faster there.
+            least_keys: with fewer keys than this, or eight times as many for fewer than 16 tokens at a time, every head
+                is computed and weighted after, which is faster there.
             extra: share of the other routed heads that are on as well, chosen next; a training that ramps it from 1 to
                 0 begins with all heads.
         """
@@ -224,7 +225,7 @@ class MoH(Method):
         if self.on == self.routed:
             return "all heads are on"
         queries, keys, mask = ctx.q.shape[2], ctx.k.shape[2], ctx.mask
-        least = self.config.least_keys * (8 if queries == 1 else 1)
+        least = self.config.least_keys * (8 if queries < FEW else 1)
         if keys < least:
             return f"fewer than {least} keys"
         if not ctx.innermost:

@@ -292,7 +292,7 @@ def test_computing_chosen_pairs_alone_changes_nothing(settings):
 
         (dense, said), (chosen, also) = both_ways(settings, run)
         torch.testing.assert_close(chosen, dense, atol=1e-5, rtol=0)
-        assert said == "100%, fewer than 10000 keys"
+        assert said == "100%, fewer than 80000 keys"
         between = padding == slice(4, 6)
         assert also == ("100%, padding between the tokens of a row" if between else "50.0%")
 
