@@ -7,9 +7,10 @@ heads of a group share, torch's SDPA over everything, and on a GPU compiled Flex
 blocks. A side whose result is wrong is not timed. Blocks are drawn at random; the diagonal and the first one are kept.
 
 `E` is density * dense / ours, with the density in causal blocks: 1 where a kept block costs what it costs in the
-fastest dense attention. `lists` is what making the lists from a mask takes, beside it. Maxima are set beside dense
-attention, which they need as many products as. On a CPU the time is that of
-its processors, all threads together. Exits 1 if a result is wrong.
+fastest dense attention. `rate` is what a side multiplies (prompts, gradients: TFLOP/s) or reads (tokens: TB/s) of what
+it has to. `lists` is what making the lists from a mask takes, beside it. Maxima are set beside dense attention, which
+they need as many products as. On a CPU the time is that of its processors, all threads together. Exits 1 if a result is
+wrong; gradients are checked where all weights fit at once.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from patchattn_kernels.dispatch import recording
 
 Sides = dict[str, Callable[[], Any]]
 TAIL = 128  # queries whose result is compared
+MOST_WEIGHTS = 1 << 32  # of those that are held to check gradients
 
 
 def main() -> int:
@@ -106,7 +108,7 @@ def prompt(args: argparse.Namespace, length: int, block: int, density: float) ->
     sides["lists"] = functools.partial(BlockLists.from_mask, drawn["ours"])
     truth = {name: tail(q, k, v, mask, block) for name, mask in drawn.items()}
     truth |= {"flex": truth["ours"], "flash-attn-4": truth["ours"]}
-    return settings(drawn, length, block, 1), sides, truth
+    return settings(args, drawn, length, block, 4), sides, truth
 
 
 def gradient(args: argparse.Namespace, length: int, block: int, density: float) -> tuple[dict[str, Any], Sides, Any]:
@@ -131,13 +133,13 @@ def gradient(args: argparse.Namespace, length: int, block: int, density: float) 
         except Exception as problem:
             missing[name] = f"{type(problem).__name__}: {problem}"[:200]
     truth = {}
-    if length <= 4096:  # with all weights at once
+    if args.heads * length**2 <= MOST_WEIGHTS:
         for name, mask in drawn.items():
             whole = [x.detach().float().requires_grad_() for x in (q, k, v)]
             out = exact(*whole, elements(mask, length, block, length, args.heads))
             truth[name] = torch.autograd.grad(out, whole, upstream.float())
         truth["flex"] = truth["ours"]
-    return settings(drawn, length, block, 1) | {"missing": missing}, sides, truth
+    return settings(args, drawn, length, block, 10) | {"missing": missing}, sides, truth
 
 
 def token(
@@ -153,9 +155,9 @@ def token(
     }
     sides |= dense(q, k, v, causal=False)
     sides["lists"] = functools.partial(BlockLists.from_mask, drawn["ours, shared"])
-    return settings(drawn, length, block, batch), sides, {
-        name: tail(q, k, v, mask, block) for name, mask in drawn.items()
-    }  # fmt: skip
+    found = settings(args, drawn, length, block, 0)
+    found["work"] = {name: 2 * k.nbytes * found["density"][name] for name in ("ours, shared", "dense")}
+    return found | {"batch": batch}, sides, {name: tail(q, k, v, mask, block) for name, mask in drawn.items()}
 
 
 def maxima(args: argparse.Namespace, length: int, block: int) -> tuple[dict[str, Any], Sides, Any]:
@@ -173,16 +175,18 @@ def maxima(args: argparse.Namespace, length: int, block: int) -> tuple[dict[str,
     weights = (scores * args.size**-0.5).masked_fill(~seen, float("-inf")).softmax(dim=-1)
     weights = torch.nn.functional.pad(weights, (0, -length % block)).unflatten(-1, (-1, block)).amax(dim=-1)
     shared = weights.unflatten(1, (args.kv_heads, -1)).amax(dim=2)
-    return (
-        {"length": length, "block": block},
-        sides,
-        {"ours": weights.amax(dim=2, keepdim=True), "ours, shared": shared},
-    )
+    truth = {"ours": weights.amax(dim=2, keepdim=True), "ours, shared": shared}
+    return {"length": length, "block": block}, sides, truth
 
 
-def settings(drawn: dict[str, torch.Tensor], length: int, block: int, batch: int) -> dict[str, Any]:
-    density = {name: share(mask) for name, mask in drawn.items()}
-    return {"length": length, "block": block, "batch": batch, "density": density}
+def settings(
+    args: argparse.Namespace, drawn: dict[str, torch.Tensor], length: int, block: int, products: int
+) -> dict[str, Any]:
+    """Sizes, the density of each side, and its work: `products` numbers for each weight and feature."""
+    density = {"ours": share(drawn["ours"]), "ours, shared": share(drawn["ours, shared"]), "dense": 1.0}
+    weights = args.heads * length * (length + 1) / 2
+    work = {name: products * args.size * weights * part for name, part in density.items()}
+    return {"length": length, "block": block, "density": density, "work": work}
 
 
 def elements(mask: torch.Tensor, length: int, block: int, queries: int, heads: int) -> torch.Tensor:
@@ -238,11 +242,13 @@ def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.
     if not found or block != 128:
         return {}
 
+    listed = parts(mask)
+
     def run() -> torch.Tensor:
         from flash_attn.cute import flash_attn_func
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-        made = BlockSparseTensorsTorch(*parts(mask), block_size=(block, block))
+        made = BlockSparseTensorsTorch(*listed, block_size=(block, block))
         rows = (x.transpose(1, 2) for x in (q, k, v))
         out = flash_attn_func(*rows, causal=True, block_sparse_tensors=made)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
@@ -271,7 +277,8 @@ def measure(args: argparse.Namespace, what: str, sizes: dict[str, Any], sides: S
             if not errors[name] < (1e-2 if args.device.startswith("cuda") else 1e-5):
                 wrong.append(name)
                 del sides[name]
-    row: dict[str, Any] = {"what": what, **sizes, "ran": ran, "errors": errors, "wrong": wrong, "missing": missing}
+    row: dict[str, Any] = {"what": what, **sizes, "ran": ran, "errors": errors, "checked": sorted(truth),
+                           "wrong": wrong, "missing": missing}  # fmt: skip
     if args.device.startswith("cuda"):
         seconds = on_gpu(sides, args.rounds)
     else:
@@ -280,6 +287,9 @@ def measure(args: argparse.Namespace, what: str, sizes: dict[str, Any], sides: S
                  for name, values in seconds.items()}  # fmt: skip
     fastest = min((name for name in seconds if name.startswith("dense")), key=lambda name: row["ms"][name]["median"])
     row["fastest dense"] = fastest
+    work = sizes.get("work", {})
+    row["rate"] = {name: work[kind] / row["ms"][name]["median"] / 1e9 for name in seconds
+                   if (kind := "dense" if name.startswith("dense") else name) in work}  # fmt: skip
     for name in (name for name in seconds if name != fastest):
         middle, low, high = ratio(seconds, name, fastest)
         row[f"{name} / dense"] = {"median": middle, "quartiles": [low, high]}

@@ -100,11 +100,12 @@ def _grid(starts_ptr, ends_ptr, batch, T, S, BLOCK_Q: tl.constexpr):
     """`Grid` of reference.py for one row: first real key, real keys, rank of the first query, its block."""
     start, end = 0, S
     if starts_ptr is not None:
-        start = tl.load(starts_ptr + batch).to(tl.int32)
+        start = tl.load(starts_ptr + batch).to(tl.int64)  # it meets a stride
     if ends_ptr is not None:
         end = tl.load(ends_ptr + batch).to(tl.int32)
-    first = end - start - T
-    return start, end - start, first, tl.maximum(first, 0) // BLOCK_Q
+    real = (end - start).to(tl.int32)
+    first = real - T
+    return start, real, first, tl.maximum(first, 0) // BLOCK_Q
 
 
 @triton.jit
