@@ -244,7 +244,9 @@ def _listed(x: Tensor, tokens: Tensor, owner: tuple[Tensor, Tensor]) -> tuple[Te
 def _products(q: Tensor, k: Tensor, tokens: Tensor, chunk: int) -> Tensor:
     """Of each query `[N, D]` with a chunk of keys of its own: `[N * chunk]`."""
     if k.dtype != torch.float:
-        return q[:, None] @ k.index_select(0, tokens.flatten()).float().view(len(q), chunk, -1).mT
+        queries = q.view(len(tokens), -1, 1, q.shape[1])
+        copies = (copy.unflatten(0, (-1, chunk)).mT for copy in _copies(k, tokens))
+        return torch.stack([some @ keys for some, keys in zip(queries, copies, strict=True)])
     _beta()
     ends = torch.arange(0, tokens.numel() + 1, chunk, device=k.device)
     asked = torch.sparse_csr_tensor(ends, tokens.flatten(), q.new_zeros(tokens.numel()), (len(q), len(k)),
@@ -255,8 +257,16 @@ def _products(q: Tensor, k: Tensor, tokens: Tensor, chunk: int) -> Tensor:
 def _weighted(weights: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
     """The sum of some tokens of `v`, by weight: twice `[heads, n]` to `[heads, D]`."""
     if v.dtype != torch.float:
-        return weights[:, None] @ v.index_select(0, tokens.flatten()).float().view(*tokens.shape, -1)
+        return torch.stack([some @ values for some, values in zip(weights, _copies(v, tokens), strict=True)])
     return functional.embedding_bag(tokens, v, mode="sum", per_sample_weights=weights)
+
+
+def _copies(x: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+    """The tokens of one head after the other, in float32; all in one place, which stays in the processor's cache."""
+    narrow = x.new_empty(tokens.shape[1], x.shape[1])
+    wide = torch.empty_like(narrow, dtype=torch.float)
+    for some in tokens:
+        yield wide.copy_(torch.index_select(x, 0, some, out=narrow))
 
 
 @functools.cache
