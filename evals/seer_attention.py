@@ -6,7 +6,9 @@
 
 Of the largest attention weights of all blocks, the share that lies in the blocks a choice takes first; then the
 perplexity of the text, read in rows of `length` tokens, with that share of all blocks read in every layer and head.
-Every choice reads its own block and the first one, which count; "window" reads these and the blocks just before. With
+Every choice reads its own block and the first one, which count; "window" reads these and the blocks just before.
+"pooled" goes by mean queries times mean keys before rotary, "untrained" by the same after the gate's rotary: by a gate
+with `init="mean"` before its training. With
 `--passkeys N` every choice is asked for keys hidden in sentences, too: an answer counts if greedy decoding writes it.
 The last blocks of a text get no exception (`last_block_dense=False`).
 """
@@ -67,8 +69,10 @@ class Chance(SeerAttention):
         return torch.rand(*ctx.q.shape[:2], row.shape[1], known.shape[2], generator=generator)
 
 
-CHOICES: dict[str, type[SeerAttention]] = {"gate": SeerAttention, "best": Best, "pooled": Pooled, "window": Window,
-                                           "chance": Chance}  # fmt: skip
+CHOICES: dict[str, type[SeerAttention]] = {
+    "gate": SeerAttention, "best": Best, "untrained": SeerAttention, "pooled": Pooled, "window": Window,
+    "chance": Chance,
+}  # fmt: skip
 
 
 def text_rows(tokenizer: Any, texts: list[str], length: int, count: int) -> Tensor:
@@ -149,17 +153,23 @@ def main() -> None:
     patchattn.load(model, given.gates)
     gate = attachment_of(record_of(model).patched[0].module).methods[0]
     config = gate.config.replace(threshold=None, top_k_blocks=None, density=None, last_block_dense=False)
-    found |= {"block": config.block, "caught": caught(model, rows[: max(1, given.rows // 2)])}
+    some = rows[: max(1, given.rows // 2)]
+    found |= {"block": config.block, "caught": caught(model, some)}
     weights = {site.name: attachment_of(site.module).methods[0].state_dict() for site in record_of(model).patched}
+    patchattn.unpatch(model)
+    patchattn.patch(model, SeerAttention(config.replace(init="mean")))
+    untrained = caught(model, some)
+    found["caught"] |= {key.replace("_gate_", "_untrained_"): untrained[key] for key in untrained if "_gate_" in key}
     print("| caught at density | " + " | ".join(map(str, CAUGHT)) + " |")
     for name in dict.fromkeys(key.rpartition("_")[0] for key in found["caught"]):
         print(f"| {name} | " + " | ".join(f"{found['caught'][f'{name}_{d}']:.1%}" for d in CAUGHT) + " |")
     found["choices"] = []
     for name in given.choices:
         patchattn.unpatch(model)
-        patchattn.patch(model, CHOICES[name](config))
-        for site in record_of(model).patched:
-            attachment_of(site.module).methods[0].load_state_dict(weights[site.name])
+        patchattn.patch(model, CHOICES[name](config.replace(init="mean")))
+        if name == "gate":
+            for site in record_of(model).patched:
+                attachment_of(site.module).methods[0].load_state_dict(weights[site.name])
         for density in given.densities:
             with patchattn.settings(model, density=density):
                 line = {"choice": name, "density": density, **{what: measure() for what, measure in dense.items()}}

@@ -37,6 +37,8 @@ TOLERANCE = 1e-4  # float32, on logits
 # Settings for models as small as these, which defaults for large ones would leave as they are.
 SMALL = {
     "longheads": {"chunk": 32, "window": 256},
+    "seer_attention": {"block": 32, "density": 0.5, "init": "mean"},
+    "seer_attention_decode": {"block": 32, "token_budget": 128, "init": "mean"},
     "var": {"sink_dims": (0, 1), "tau": 1.0, "min_visual": 0.1},
 }
 MIXED = {"even": "gated_attention over duo_attention", "odd": "dense"}
