@@ -9,16 +9,21 @@ from .attention import masked_attention
 from .block_sparse import BlockLists, block_maxima, block_sparse, block_sparse_decode
 from .dispatch import backend
 from .grouped import grouped
+from .linear import FeatureMap, causal_conv, linear, linear_weights
 from .routed import routed
 from .sink_window import sink_window, sink_window_decode
 
 __all__ = [
     "BlockLists",
+    "FeatureMap",
     "backend",
     "block_maxima",
     "block_sparse",
     "block_sparse_decode",
+    "causal_conv",
     "grouped",
+    "linear",
+    "linear_weights",
     "masked_attention",
     "routed",
     "sink_window",

@@ -1,0 +1,191 @@
+"""Linear attention: learned or fixed features in place of softmax, with decay, and beside a softmax window.
+
+`linear` computes a prompt, a part of one or one token, and gives the state that the next call goes on from, whose size
+does not grow with the context. `linear_weights` shows which key weighs how much. `causal_conv` is the short convolution
+over tokens that some methods put before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_triton
+from .conv import causal_conv
+from .reference import (
+    MAPS,
+    Call,
+    FeatureMap,
+    Reach,
+    bidirectional_reference,
+    features,
+    linear_reference,
+    weights_reference,
+)
+
+__all__ = ["FeatureMap", "causal_conv", "features", "linear", "linear_weights", "window_tokens"]
+
+WINDOWS = ("sliding", "terraced")
+
+
+def linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_map: FeatureMap,
+    k_map: FeatureMap | None = None,
+    gate: Tensor | None = None,
+    window: int = 0,
+    window_kind: str = "sliding",
+    window_q: Tensor | None = None,
+    window_k: Tensor | None = None,
+    window_factor: Tensor | None = None,
+    linear_factor: Tensor | None = None,
+    overlap: bool = False,
+    scale: float | None = None,
+    feature_scale: float = 1.0,
+    normalise: bool = True,
+    eps: float = 1e-12,
+    causal: bool = True,
+    rank: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention whose weights are products of features, and softmax's within a window.
+
+    The last T of the S tokens are those of this call; earlier ones are what a cache keeps of the window's keys (none
+    without a window). A query reads every key that is not in its window through the features of both, so that what lies
+    behind fits into a state: of a sliding window keep the last `window - 1` tokens, of a terraced one those of the last
+    block and the one before (`window_tokens`).
+
+    Args:
+        q: `[B, H, T, D]`.
+        k: `[B, G or H, S, D]`.
+        v: `[B, G, S, Dv]`.
+        q_map, k_map: what makes features of queries and keys; k_map None: the same for both.
+        gate: the logarithm of each token's decay, 0 or less, `[B, heads, S]` for all features or `[B, heads, S, K]`
+            for each, with 1, G or H heads. What came before decays by it, the token itself does not.
+        window: tokens that a query reads by softmax, its own included; 0: none.
+        window_kind: "sliding": the last `window` tokens; "terraced": the query's block of `window` tokens up to
+            itself, and the whole block before.
+        window_q, window_k: what the window's scores are made of, where it is not q and k.
+        window_factor, linear_factor: `[H]`, on the weights of both parts; None: 1. The window's largest weight is
+            `window_factor`, whatever its scores are.
+        overlap: linear weights for the keys of the window too. k and gate may then hold just the T tokens of the call.
+        scale: on the window's scores; None is `D ** -0.5`.
+        feature_scale: on products of features.
+        normalise: divide by the sum of the weights plus `eps`.
+        causal: False: every query reads every key, by features alone.
+        rank: `[B, S]`, the place of each token among the real tokens of its row; negative for padding. None: there is
+            no padding. Needed to go on with a terraced window.
+        state: what an earlier call returned; None at the start of a sequence.
+
+    Returns `[B, H, T, Dv]`, zeros for padding, and the state `[B, heads, K, Dv + 1]` in float32: sums over tokens that
+    have left the window of features times values, and of features in the last column; with G heads where nothing
+    tells the query heads of a group apart, else with H.
+    """
+    call = _call(
+        "linear", q, k, v, q_map=q_map, k_map=k_map, gate=gate, window=window, window_kind=window_kind,
+        window_q=window_q, window_k=window_k, window_factor=window_factor, linear_factor=linear_factor,
+        overlap=overlap, scale=scale, feature_scale=feature_scale, normalise=normalise, eps=eps, causal=causal,
+        rank=rank, state=state,
+    )  # fmt: skip
+    use_triton("linear", q, k, v, unsupported="form in Triton")
+    return linear_reference(call) if causal else bidirectional_reference(call)
+
+
+def linear_weights(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, **options: Any) -> tuple[Tensor, Tensor]:
+    """The weights of `linear` by softmax and by features, `[B, H, T, S]` each: for losses, pictures and tests.
+
+    Takes what `linear` takes, except a state. The sum of both over keys is 1 where normalised; `linear` of the same is
+    their sum times v.
+    """
+    call = _call("linear_weights", q, k, v, causal=causal, **options)
+    if call.state is not None or call.k.shape[2] != v.shape[2] or (q.shape[2] != v.shape[2] and causal):
+        raise ValueError("linear_weights: it shows whole sequences; give all tokens and no state")
+    return weights_reference(call, causal)
+
+
+def window_tokens(window: int, window_kind: str = "sliding") -> int:
+    """How many of the last tokens a cache must keep beside the state."""
+    return Reach(window, window_kind == "terraced", overlap=False).columns
+
+
+def _call(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_map: FeatureMap,
+    k_map: FeatureMap | None = None,
+    gate: Tensor | None = None,
+    window: int = 0,
+    window_kind: str = "sliding",
+    window_q: Tensor | None = None,
+    window_k: Tensor | None = None,
+    window_factor: Tensor | None = None,
+    linear_factor: Tensor | None = None,
+    overlap: bool = False,
+    scale: float | None = None,
+    feature_scale: float = 1.0,
+    normalise: bool = True,
+    eps: float = 1e-12,
+    causal: bool = True,
+    rank: Tensor | None = None,
+    state: Tensor | None = None,
+) -> Call:
+    """The arguments, checked."""
+    k_map = q_map if k_map is None else k_map
+    wide = torch.promote_types(q.dtype, torch.float32)
+    (batch, heads, queries, _), keys = q.shape, v.shape[2]
+    for what, found in (("q_map", q_map.kind), ("k_map", k_map.kind)):
+        if found not in MAPS:
+            raise ValueError(f"{name}: {what}.kind is {found!r}; it must be one of {', '.join(MAPS)}")
+    if window < 0:
+        raise ValueError(f"{name}: window is {window}; it must be 0 (none) or more")
+    if window_kind not in WINDOWS:
+        raise ValueError(f"{name}: window_kind is {window_kind!r}; it must be one of {', '.join(WINDOWS)}")
+    if window and not (normalise and causal):
+        raise ValueError(f"{name}: a window of {window} needs normalise=True and causal=True")
+    if gate is not None and not causal:
+        raise ValueError(f"{name}: a gate says how the past decays; it needs causal=True")
+    for what, factor in (("window_factor", window_factor), ("linear_factor", linear_factor)):
+        if factor is not None and factor.shape != (heads,):
+            raise ValueError(f"{name}: {what} is {list(factor.shape)}; it must be [H] = {[heads]}")
+    for what, tensor in (("k", k), ("v", v), ("window_k", window_k), ("gate", gate)):
+        if tensor is not None and heads % tensor.shape[1]:
+            raise ValueError(f"{name}: {heads} query heads cannot share {tensor.shape[1]} heads of {what} evenly")
+    fewest = queries if overlap or not window else keys
+    for what, tensor in (("k", k), ("gate", gate)):
+        if tensor is not None and causal and tensor.shape[2] not in (fewest, keys):
+            raise ValueError(f"{name}: {what} holds {tensor.shape[2]} tokens; it must hold the {keys} of v")
+    if causal and queries > keys:
+        raise ValueError(f"{name}: {queries} queries over {keys} keys; the queries must be the last of the tokens that "
+                         "k and v hold")  # fmt: skip
+    if rank is not None and rank.shape[1:] != v.shape[2:3]:
+        raise ValueError(f"{name}: rank is {list(rank.shape)}; it must be [B, S] = {[batch, keys]}")
+    if rank is None and state is not None and window and window_kind == "terraced":
+        raise ValueError(f"{name}: a terraced window that goes on from a state needs rank, to know where blocks begin")
+    if causal and not overlap and not window and keys != queries:
+        raise ValueError(f"{name}: {keys} keys for {queries} queries; without a window, earlier keys are in the state")
+    if window and window_k is None and k.shape[2] != keys:
+        raise ValueError(f"{name}: k holds {k.shape[2]} tokens and v {keys}; give window_k for all of them")
+    window_k = k if window_k is None else window_k
+    if overlap:  # earlier keys are in the state
+        k, gate = k[:, :, k.shape[2] - queries :], None if gate is None else gate[:, :, gate.shape[2] - queries :]
+    if gate is not None and gate.ndim == 3:
+        gate = gate[..., None]
+    ones = torch.ones(1, device=q.device)
+    return Call(
+        q=q, k=k, v=v, q_map=q_map.to(wide), k_map=k_map.to(wide), gate=gate, state=state,
+        window_q=q if window_q is None else window_q, window_k=window_k,
+        rank=torch.arange(keys, device=q.device)[None] if rank is None else rank,
+        reach=Reach(window, window_kind == "terraced", overlap),
+        window_factor=(ones if window_factor is None else window_factor).to(wide)[:, None, None],
+        linear_factor=(ones if linear_factor is None else linear_factor).to(wide)[:, None, None],
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        feature_scale=feature_scale, normalise=normalise, eps=eps,
+    )  # fmt: skip
