@@ -6,8 +6,8 @@
 
 The control is the same training with dense attention, `patch=null` where nothing is distilled. Counted are digits that
 lab-vit classifies; digits that lab-dit draws, recognised by lab-vit, and its error in the noise of held-out images; for
-lab-llama bits per byte of held-out text (`patchattn lab data lab-data`) and values of pairs recalled. Prints a table for
-the documents; the output file also says how often each head was on.
+lab-llama bits per byte of held-out text (`patchattn lab data lab-data`) and values of pairs recalled. Prints a table;
+the output file also says how often each head was on.
 """
 
 from __future__ import annotations
