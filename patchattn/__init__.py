@@ -41,6 +41,7 @@ __all__ = [
     "Dense",
     "DuoAttention",
     "GatedAttention",
+    "Hedgehog",
     "LongHeads",
     "Method",
     "MethodConfig",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention
     from .methods.gated_attention import GatedAttention
+    from .methods.hedgehog import Hedgehog
     from .methods.longheads import LongHeads
     from .methods.moh import MoH
     from .methods.seer_attention import SeerAttention

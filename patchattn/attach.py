@@ -230,7 +230,8 @@ def _attach(root: nn.Module, site: Site, methods: list[Method]) -> None:
         return
     attachment.methods = methods
     module.add_module("patchattn", nn.ModuleList(methods).to(site.device).train(module.training))
-    attachment.raw = any(method.rotary == "raw" for method in methods)
+    wanted = {method.rotary for method in methods}
+    attachment.raw = "raw" in wanted or ("either" in wanted and _raw_problem(site) is None)
     attachment.rotary_function = _rotary_function(module)
     attachment.rotary_embedding = _rotary_embedding(root, site.name)
     names = forward_function(module).__code__.co_names

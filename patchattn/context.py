@@ -244,8 +244,8 @@ class AttentionContext:
             rotary: another of `rotary_of_width`.
         """
         if positions is None:
-            return self._rotated(x, *self.position_embeddings)
-        return self._rotated(x, *(self._angles(x, positions) if rotary is None else rotary(x, positions)))
+            return self.rotate_by(x, *self.position_embeddings)
+        return self.rotate_by(x, *(self._angles(x, positions) if rotary is None else rotary(x, positions)))
 
     def rotary_of_width(self, width: int) -> nn.Module:
         """The model's rotary, its base and its scaling, for vectors of another size than its heads."""
@@ -261,23 +261,24 @@ class AttentionContext:
     def turned(self, x: Tensor) -> Tensor:
         """`x` `[B, heads, T, D]` a quarter turn on: `rotate(x, p)` is `x * cos + turned(x) * sin`, see `turns`."""
         cos, sin = self.position_embeddings
-        return self._rotated(x, torch.zeros_like(cos), torch.ones_like(sin))
+        return self.rotate_by(x, torch.zeros_like(cos), torch.ones_like(sin))
 
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the model's rotary at `positions` `[N]`, in the places of a head: `[N, D]`, float32."""
         ones = torch.ones(1, 1, len(positions), self.q.shape[-1], device=self.q.device)
         cos, sin = self._angles(ones, positions[None])
         zero, one = torch.zeros_like(cos), torch.ones_like(sin)
-        kept = self._rotated(ones, zero, zero)  # 1 in the part of a head that is not rotated, else 0
-        sines = self._rotated(ones, zero, sin) * self._rotated(ones, zero, one) - kept
-        return self._rotated(ones, cos, zero)[0, 0], sines[0, 0]
+        kept = self.rotate_by(ones, zero, zero)  # 1 in the part of a head that is not rotated, else 0
+        sines = self.rotate_by(ones, zero, sin) * self.rotate_by(ones, zero, one) - kept
+        return self.rotate_by(ones, cos, zero)[0, 0], sines[0, 0]
 
     def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.attachment.rotary_embedding is None:
             raise RuntimeError(f"{self.attachment.site.name}: the model's rotary embedding was not found")
         return self.attachment.rotary_embedding(x, positions)
 
-    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate_by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The model's own rotary on `[B, heads, tokens, D]` by given angles, as `position_embeddings` are."""
         attachment = self.attachment
         if attachment.rotary_function is None:
             raise RuntimeError(f"{attachment.site.name}: the model has no rotary that patchattn can apply")
@@ -329,9 +330,14 @@ class AttentionContext:
         self._turned = before
         return out
 
+    @property
+    def raw(self) -> bool:
+        """Whether q and k are those before rotary."""
+        return self.attachment.raw and not self._turned
+
     def scored(self) -> tuple[Tensor, Tensor]:
         """q and k as the base attention scores them: rotated."""
-        return self._rotated_pair(self.q, self.k) if self.attachment.raw and not self._turned else (self.q, self.k)
+        return self._rotated_pair(self.q, self.k) if self.raw else (self.q, self.k)
 
     def run(self) -> Tensor:
         """The attention of this call, or what a training stage makes of it."""

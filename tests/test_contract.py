@@ -20,6 +20,11 @@ VARIANTS = {
         {"heads": 0.5, "sink": 2, "recent": 5, "compensation": True, "slack": 3},
     ),
     "moh-linear": ("moh", {"router": "linear", "shared": 1, "top_k": 2}),
+    "hedgehog-pure": ("hedgehog", {"window": 0, "feature_dim": 6}),
+    "hedgehog-terraced": (
+        "hedgehog",
+        {"window": 3, "window_kind": "terraced", "feature_map": "relu", "tie_qk": True, "affine": True},
+    ),
     "moh-kv-group": ("moh", {"route": "kv_group", "shared": 0, "top_k": 2, "least_keys": 0}),
 }
 
