@@ -6,11 +6,11 @@
 
 Of the largest attention weights of all blocks, the share that lies in the blocks a choice takes first; then the
 perplexity of the text, read in rows of `length` tokens, with that share of all blocks read in every layer and head.
-Every choice reads its own block and the first one, which count; "window" reads these and the blocks just before.
+Every choice reads its own block and the first one, which count (`--free-first`: only where it chooses to, which matters
+where a row reads two or three blocks); "window" reads both in any case, and the blocks just before.
 "pooled" goes by mean queries times mean keys before rotary, "untrained" by the same after the gate's rotary: by a gate
-with `init="mean"` before its training. With
-`--passkeys N` every choice is asked for keys hidden in sentences, too: an answer counts if greedy decoding writes it.
-The last blocks of a text get no exception (`last_block_dense=False`).
+with `init="mean"` before its training. With `--passkeys N` every choice is asked for keys hidden in sentences, too: an
+answer counts if greedy decoding writes it. The last blocks of a text get no exception (`last_block_dense=False`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Window(SeerAttention):
     """The first block and the latest."""
 
     def scores(self, ctx: Any, known: Tensor, row: Tensor) -> Tensor:
-        return torch.arange(known.shape[2]).float().expand(*ctx.q.shape[:2], row.shape[1], -1)
+        place = torch.arange(known.shape[2]).float()
+        place[0] = torch.inf  # the first block, if it may be chosen
+        return place.expand(*ctx.q.shape[:2], row.shape[1], -1)
 
 
 class Chance(SeerAttention):
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1])
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
+    parser.add_argument("--free-first", action="store_true", help="the first block is not always read")
     parser.add_argument("--passkeys", type=int, default=0, help="questions to ask")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -142,7 +145,8 @@ def main() -> None:
     model = model.float().eval()
     texts = read_texts(given.text)
     rows = text_rows(tokenizer, texts, given.length, given.rows)
-    found: dict[str, Any] = {"model": given.model, "length": given.length, "rows": given.rows}
+    found: dict[str, Any] = {"model": given.model, "length": given.length, "rows": given.rows,
+                             "machine": machine()}  # fmt: skip
     dense: dict[str, Callable[[], float]] = {"perplexity": lambda: perplexity(model, rows)}
     if given.passkeys:
         generator = make("passkey", tokenizer, SEED)
@@ -152,9 +156,10 @@ def main() -> None:
     print(f"dense: {found['dense']}", flush=True)
     patchattn.load(model, given.gates)
     gate = attachment_of(record_of(model).patched[0].module).methods[0]
-    config = gate.config.replace(threshold=None, top_k_blocks=None, density=None, last_block_dense=False)
+    config = gate.config.replace(threshold=None, top_k_blocks=None, density=None, last_block_dense=False,
+                                 keep_first=not given.free_first)  # fmt: skip
     some = rows[: max(1, given.rows // 2)]
-    found |= {"block": config.block, "caught": caught(model, some)}
+    found |= {"block": config.block, "free_first": given.free_first, "caught": caught(model, some)}
     weights = {site.name: attachment_of(site.module).methods[0].state_dict() for site in record_of(model).patched}
     patchattn.unpatch(model)
     patchattn.patch(model, SeerAttention(config.replace(init="mean")))
@@ -177,9 +182,9 @@ def main() -> None:
             line["read"] = read(model)
             found["choices"].append(line)
             print(json.dumps(line), flush=True)
-    found |= {"seconds": round(time.perf_counter() - started), "machine": machine()}
-    if given.output is not None:
-        given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            if given.output is not None:  # what is done is kept
+                found["seconds"] = round(time.perf_counter() - started)
+                given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
