@@ -26,7 +26,7 @@ from patchattn import lab
 from patchattn.attach import apply_plan
 from patchattn.lab.evaluate import held_out, score
 from patchattn.lab.text import TASK_SEED, bits_per_byte, read_texts, recall
-from patchattn.living import plan_of, watching
+from patchattn.living import methods_on, plan_of, watching
 from patchattn.loading import load_model, load_tokenizer
 from patchattn.record import patch_of
 from patchattn.train.images import collate
@@ -65,7 +65,7 @@ def noise_error(checkpoint: str, model: Any) -> float:
 
 def measured(checkpoint: str, model: Any, data: str, characters: int) -> dict[str, Any]:
     """The quality of a model and, where it is patched, the share of the tokens that each head was on for."""
-    if patch_of(model) is None:
+    if patch_of(model) is None or methods_on(model)[0].name != "moh":
         return {"quality": quality(checkpoint, model, data, characters)}
     seen: dict[str, tuple[Tensor, int]] = {}
 
