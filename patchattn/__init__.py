@@ -37,6 +37,7 @@ _HOMES = {
 _SUBMODULES = ("duo", "gates", "lab", "testing", "var")
 
 __all__ = [
+    "LAWCAT",
     "VAR",
     "Dense",
     "DuoAttention",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from .methods.duo_attention import DuoAttention
     from .methods.gated_attention import GatedAttention
     from .methods.hedgehog import Hedgehog
+    from .methods.lawcat import LAWCAT
     from .methods.longheads import LongHeads
     from .methods.moh import MoH
     from .methods.seer_attention import SeerAttention

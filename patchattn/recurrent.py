@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .cache import PatchCacheLayer
 
@@ -159,6 +160,16 @@ class RecurrentLayer(PatchCacheLayer):
                 k, v, rank = _take(k, order, 2), _take(v, order, 2), rank.gather(1, order)
         return k, v, rank
 
+    def after_earlier(self, x: Tensor, rank: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inputs of a convolution `[B, T, C]`, in order, with no padding between them and earlier ones, and those."""
+        assert self.before is not None
+        if rank is None:
+            return x, self.before
+        x = torch.cat([self.before, x.masked_fill((rank < 0)[..., None], 0.0)], dim=1)
+        ahead = functional.pad(rank >= 0, (self.before.shape[1], 0), value=True)
+        x = _take(x, ahead.int().argsort(dim=1, stable=True), 1)
+        return x[:, self.before.shape[1] :], x[:, : self.before.shape[1]]
+
     def keep(self, state: Tensor, k: Tensor, v: Tensor, tokens: Tokens, before: Tensor | None = None) -> None:
         """Go on from here: the state, and the last of what `joined` gave."""
         length = k.shape[2] if self.state is None else k.shape[2] - self.recent
@@ -167,7 +178,7 @@ class RecurrentLayer(PatchCacheLayer):
             self._put("recent_values", _last(v, self.recent))
         self._put("state", state)
         if before is not None:
-            self._put("before", before)
+            self._put("before", before.clone())  # a part of all that was read
         new: Any = length if tokens.real is None else tokens.real.sum(dim=1)
         self._put("count", self.count + new)
 
@@ -182,7 +193,7 @@ class RecurrentLayer(PatchCacheLayer):
 def _last(x: Tensor, count: int) -> Tensor:
     """The last `count` tokens, zeros before them where there are fewer; a copy, so that the others are not kept."""
     if x.shape[2] < count:
-        return torch.nn.functional.pad(x, (0, 0, count - x.shape[2], 0))
+        return functional.pad(x, (0, 0, count - x.shape[2], 0))
     return x[:, :, x.shape[2] - count :].clone()
 
 

@@ -25,6 +25,11 @@ VARIANTS = {
         "hedgehog",
         {"window": 3, "window_kind": "terraced", "feature_map": "relu", "tie_qk": True, "affine": True},
     ),
+    "lawcat-window": (
+        "lawcat",
+        {"window": 5, "feature_dim": 5, "conv_activation": "silu", "share_conv": True, "gate_rank": None},
+    ),
+    "lawcat-rotated": ("lawcat", {"rotary": True, "conv_size": 0, "tie_qk": False}),
     "moh-kv-group": ("moh", {"route": "kv_group", "shared": 0, "top_k": 2, "least_keys": 0}),
 }
 

@@ -51,6 +51,7 @@ def linear(
     eps: float = 1e-12,
     causal: bool = True,
     rank: Tensor | None = None,
+    past: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention whose weights are products of features, and softmax's within a window.
@@ -80,6 +81,8 @@ def linear(
         causal: False: every query reads every key, by features alone.
         rank: `[B, S]`, the place of each token among the real tokens of its row; negative for padding. None: there is
             no padding. Needed to go on with a terraced window.
+        past: `[B]`, real tokens of each row before this call, which `overlap` needs where there is padding between the
+            tokens kept of a row and its new ones; None: as the rank of the call's first token says.
         state: what an earlier call returned; None at the start of a sequence.
 
     Returns `[B, H, T, Dv]`, zeros for padding, and the state `[B, heads, K, Dv + 1]` in float32: sums over tokens that
@@ -90,7 +93,7 @@ def linear(
         "linear", q, k, v, q_map=q_map, k_map=k_map, gate=gate, window=window, window_kind=window_kind,
         window_q=window_q, window_k=window_k, window_factor=window_factor, linear_factor=linear_factor,
         overlap=overlap, scale=scale, feature_scale=feature_scale, normalise=normalise, eps=eps, causal=causal,
-        rank=rank, state=state,
+        rank=rank, past=past, state=state,
     )  # fmt: skip
     use_triton("linear", q, k, v, unsupported="form in Triton")
     return linear_reference(call) if causal else bidirectional_reference(call)
@@ -135,6 +138,7 @@ def _call(
     eps: float = 1e-12,
     causal: bool = True,
     rank: Tensor | None = None,
+    past: Tensor | None = None,
     state: Tensor | None = None,
 ) -> Call:
     """The arguments, checked."""
@@ -180,7 +184,7 @@ def _call(
         gate = gate[..., None]
     ones = torch.ones(1, device=q.device)
     return Call(
-        q=q, k=k, v=v, q_map=q_map.to(wide), k_map=k_map.to(wide), gate=gate, state=state,
+        q=q, k=k, v=v, q_map=q_map.to(wide), k_map=k_map.to(wide), gate=gate, past=past, state=state,
         window_q=q if window_q is None else window_q, window_k=window_k,
         rank=torch.arange(keys, device=q.device)[None] if rank is None else rank,
         reach=Reach(window, window_kind == "terraced", overlap),

@@ -145,6 +145,7 @@ class Call:
     normalise: bool
     eps: float
     state: Tensor | None
+    past: Tensor | None = None  # [B], as `linear` takes it
 
     @property
     def wide(self) -> torch.dtype:
@@ -162,7 +163,8 @@ def linear_reference(call: Call) -> tuple[Tensor, Tensor]:
     past, heads = keys - queries, call.q.shape[1]
     extra = keys - call.k.shape[2]  # keys of the window that are in the state already
     delay = reach.columns if reach.disjoint else 0  # how far the state stays behind
-    first, after = call.rank[:, past].clamp(min=0), call.rank[:, -1:] + 1
+    first = call.rank[:, past].clamp(min=0) if call.past is None else call.past
+    after = call.rank[:, -1:] + 1
     absorbed = reach.in_state(first)[:, None]  # [1 or B, 1]
     state, outs = call.state, []
     size = queries if call.gate is None and queries <= CHUNK else CHUNK
