@@ -40,7 +40,8 @@ class Compile:
             for the pointers and strides of a launch, and which decides how it loads.
         constants: its constexprs by name (and what a launch would turn into one: an integer that is 1, a None).
         products: "own": with the chip's own matrix instructions; "mma": with mma.sync, for tiles of fewer than 64
-            rows, which newer chips' own instructions do not take; "none": without any. A dict says it by dtype.
+            rows, which newer chips' own instructions do not take; "both": some products with either; "none": without
+            any. A dict says it by dtype.
         dtypes: what "T" stands for.
         chips: compute capabilities, 90 for 9.0.
     """
@@ -111,7 +112,12 @@ def problems(chip: int, wanted: str, spilled: int, shared: int, found: list[str]
         yield f"spills {spilled} bytes a thread"
     if shared > SHARED_LIMIT[chip]:
         yield f"needs {shared} bytes of shared memory, of which there are {SHARED_LIMIT[chip]}"
-    expected = {"own": [OWN_PRODUCT[chip]], "mma": ["mma.sync"], "none": []}[wanted]
+    expected = {
+        "own": [OWN_PRODUCT[chip]],
+        "mma": ["mma.sync"],
+        "both": sorted({"mma.sync", OWN_PRODUCT[chip]}),
+        "none": [],
+    }[wanted]
     if found != expected:
         used, said = (" and ".join(names) or "no matrix instruction" for names in (found, expected))
         yield f"multiplies with {used}, not {said}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patchattn_kernels import check
+from patchattn_kernels import backend, check
 from patchattn_kernels.linear import FeatureMap, causal_conv, features, linear, linear_weights, window_tokens
 from tests.golden import loader
 
@@ -262,8 +262,47 @@ def test_a_convolution_that_cannot_be_is_refused_by_name(change, message):
 
 @pytest.mark.parametrize("case", [case for _, case in check.cases(["linear"])], ids=lambda case: case.label)
 def test_the_formula_is_met_as_exactly_as_by_torchs_own_arithmetic(case):
-    rows = list(check.check([("linear", case)], "cpu", (torch.float32, torch.bfloat16), backends=["torch"]))
-    assert rows and not [row for row in rows if not row["ok"]]
+    rows = list(check.check([("linear", case)], "cpu", (torch.float32, torch.bfloat16)))
+    assert {row["backend"] for row in rows} == {name for name in check.available("cpu") if name in case.backends}
+    assert not [row for row in rows if not row["ok"]]
+
+
+@pytest.mark.skipif("triton" not in check.available("cpu"), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("form", ["pure", "sliding", "terraced", "scalar gate", "vector gate"])
+def test_triton_goes_on_from_its_own_state(form):
+    options = FORMS[form] | softmax_maps() | {"rank": ranks(0, 5)}
+    wanted, wanted_state = in_calls([LENGTH], options)
+    with backend("triton"):
+        found, state = in_calls([40, 1, 12], options)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(state, wanted_state, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif("triton" not in check.available("cpu"), reason="needs TRITON_INTERPRET=1")
+def test_the_operator_is_registered_as_torch_wants_it():
+    q, k, v = (x[:1, :, :9].clone().requires_grad_() for x in tensors())
+    maps = [found.weight for found in softmax_maps().values()]
+    given = q, k, v, *maps, None, torch.full((HEADS,), 0.3), torch.ones(1), None, None
+    settings = "softmax", 3, False, 0.4, 1.0, True, 1e-12, HEADS
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.patchattn.linear, (*given, *settings), test_utils=checks)
+
+
+@pytest.mark.skipif("triton" not in check.available("cpu"), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"causal": False}, "its kernel has no form that reads both directions"),
+        ({"q_map": FeatureMap("taylor")}, "its kernel has no features of kind 'taylor'"),
+        ({"k_map": FeatureMap("relu")}, "its kernel has no features of different kinds for queries and keys"),
+        ({"window": 3, "overlap": True}, "its kernel has no window with gates"),
+    ],
+    ids=["bidirectional", "taylor", "kinds", "overlap"],
+)
+def test_triton_says_what_it_cannot_do(change, message):
+    given: dict[str, Any] = dict(zip("qkv", tensors(), strict=True)) | {"q_map": FeatureMap("elu")} | change
+    with backend("triton"), pytest.raises(RuntimeError, match=message):
+        linear(**given)
 
 
 def golden(method: str, name: str) -> loader.Case:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import launch
 from ..dispatch import use_triton
+from . import ops
 from .conv import causal_conv
 from .reference import (
     MAPS,
@@ -95,7 +97,12 @@ def linear(
         overlap=overlap, scale=scale, feature_scale=feature_scale, normalise=normalise, eps=eps, causal=causal,
         rank=rank, past=past, state=state,
     )  # fmt: skip
-    use_triton("linear", q, k, v, unsupported="form in Triton")
+    if use_triton("linear", q, k, v, gate, rank, state, unsupported=_unsupported(call, causal)):
+        return ops.forward(
+            call.q, call.k, call.v, call.q_map.weight, call.k_map.weight, call.gate, call.window_factor.flatten(),
+            call.linear_factor.flatten(), state, rank, call.q_map.kind, window, call.reach.terraced, call.scale,
+            feature_scale, normalise, eps, call.state_heads,
+        )  # fmt: skip
     return linear_reference(call) if causal else bidirectional_reference(call)
 
 
@@ -114,6 +121,33 @@ def linear_weights(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, **op
 def window_tokens(window: int, window_kind: str = "sliding") -> int:
     """How many of the last tokens a cache must keep beside the state."""
     return Reach(window, window_kind == "terraced", overlap=False).columns
+
+
+def _unsupported(call: Call, causal: bool) -> str | None:
+    if not causal:
+        return "form that reads both directions"
+    if call.q_map.kind != call.k_map.kind:
+        return "features of different kinds for queries and keys"
+    if call.q_map.kind == "taylor":
+        return "features of kind 'taylor'"
+    if any(found.bias is not None or found.skip for found in (call.q_map, call.k_map)):
+        return "maps with a bias or a skip connection"
+    if (call.q_map.weight is None) != (call.k_map.weight is None):
+        return "map for queries or keys alone"
+    if any(found.weight is not None and found.weight.shape[0] != call.q.shape[1] for found in (call.q_map, call.k_map)):
+        return "maps that heads share"
+    if call.reach.window and (call.gate is not None or call.reach.overlap or call.window_k is not call.k
+                              or call.window_q is not call.q):  # fmt: skip
+        return "window with gates, or of other keys than those of the features, or over keys that count twice"
+    gates = 0 if call.gate is None else call.gate.shape[-1]
+    if gates > 1 and call.q.element_size() == 2 and launch.generation(call.q.device) < 9:
+        return "decay for every feature on a GPU before compute capability 9.0"
+    mapped = call.q.shape[-1] if call.q_map.weight is None else call.q_map.weight.shape[-1]
+    if max(call.q.shape[-1], call.v.shape[-1]) > 128:
+        return f"heads of size {max(call.q.shape[-1], call.v.shape[-1])}"
+    if mapped > 64:
+        return f"{mapped} features in one half"
+    return None
 
 
 def _call(

@@ -63,11 +63,12 @@ class Sizes:
         self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, rank: Tensor,
         factor: Tensor | None, gate: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """All pairs at once, spelled out."""
+        """All pairs at once, spelled out; in 16 bits features and weights are rounded before they are multiplied."""
         k, v = (x.repeat_interleave(self.heads // self.groups, dim=1) for x in (k, v))
         wide = torch.promote_types(q.dtype, torch.float32)
-        phi_q = features(q, FeatureMap(self.feature_map, q_weight))
-        phi_k = features(k, FeatureMap(self.feature_map, k_weight)) * (rank >= 0)[:, None, :, None]
+        phi_q = features(q, FeatureMap(self.feature_map, q_weight)).to(q.dtype).to(wide)
+        phi_k = features(k, FeatureMap(self.feature_map, k_weight)).to(q.dtype).to(wide)
+        phi_k = phi_k * (rank >= 0)[:, None, :, None]
         query, key = rank[:, None, :, None], rank[:, None, None]
         real = (key >= 0) & (query >= 0)
         start = query - self.window + 1
@@ -92,7 +93,7 @@ class Sizes:
             shift = shift.masked_fill(shift == -torch.inf, 0.0)
             weights = weights + (scores - shift).exp() * factor.to(wide)[:, None, None]
         total = weights.sum(-1, keepdim=True) + 1e-12 if self.normalise else 1.0
-        out = weights @ v.to(wide) / total
+        out = weights.to(q.dtype).to(wide) @ v.to(wide) / total
         # What a later token reads linearly: all but the window that it would have.
         following = rank[:, -1:] + 1
         first = following - self.window + 1
@@ -114,18 +115,25 @@ class Sizes:
             window_factor=factor, overlap=self.overlap, gate=gate, normalise=self.normalise, causal=self.causal,
         )  # fmt: skip
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        in_triton = (
+            self.causal and not self.overlap and not (self.window and self.gate) and self.feature_map != "taylor"
+        )
+        return ("torch", "triton") if in_triton else ("torch",)
+
     def case(self) -> Case:
         given = {"q_weight": self.features, "k_weight": self.features, "factor": self.window or None, "gate": self.gate}
         trained = ("q", "k", "v", *(name for name, there in given.items() if there is not None))
-        return Case(self.label, self.tensors, self.run, self.formula, trained, ("torch",))
+        return Case(self.label, self.tensors, self.run, self.formula, trained, self.backends)
 
 
 SIZES = (
     Sizes(2, 4, 2, 37, 16, features=8),
-    Sizes(2, 4, 2, 150, 16, features=8, padding=(0, 11), window=16),
+    Sizes(2, 2, 1, 150, 16, features=8, padding=(0, 11), window=16),
     Sizes(1, 3, 3, 37, 8, features=12, window=5),
     Sizes(2, 2, 1, 70, 16, features=8, padding=(3, 0), window=16, window_kind="terraced"),
-    Sizes(2, 4, 2, 50, 16, features=8, padding=(0, 13), gate=16),
+    Sizes(2, 2, 1, 50, 16, features=8, padding=(0, 13), gate=16),
     Sizes(1, 2, 2, 50, 16, features=8, gate=16, window=12, overlap=True),
     Sizes(1, 2, 1, 140, 16, "identity", gate=1, normalise=False),
     Sizes(1, 2, 2, 45, 16, "exp", 8, window=16, gate=1),
