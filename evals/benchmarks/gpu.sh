@@ -26,7 +26,7 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 step check "$python" -m patchattn_kernels.check --json "$results/check.json"
 step static "$python" -m patchattn_kernels.check --static --json "$results/static.json"
-for benchmark in sink_window grouped routed block_sparse longheads_decode duo_decode dispatch_overhead head_search; do
+for benchmark in sink_window grouped routed block_sparse linear longheads_decode duo_decode dispatch_overhead head_search; do
   if [ -f "evals/benchmarks/$benchmark.py" ]; then
     step "$benchmark" "$python" "evals/benchmarks/$benchmark.py"
     mv "$results/$benchmark.out" "$results/$benchmark.json"
