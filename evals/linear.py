@@ -93,7 +93,8 @@ def main() -> None:
             apply_plan(load_model(CHECKPOINT, dtype="float32"), plan_of(model)), given
         )
         found[name] = measured(model, given)
-        if "use_linear" in methods_on(model)[0].config.runtime_fields() and methods_on(model)[0].config.window:
+        first: Any = methods_on(model)[0]
+        if "use_linear" in first.config.runtime_fields() and first.config.window:
             described[name]["linear share by layer"] = [round(share, 4) for share in linear_share(model, given)]
             with patchattn.settings(model, use_linear=False):
                 found[f"{name}, its window alone"] = measured(model, given)
