@@ -133,8 +133,8 @@ def _resolve(sites: Sequence[Site], plan: Sequence[tuple[Any, list[Method], bool
             raise ValueError(f"the same method twice in one list: {', '.join(type(m).__name__ for m in methods)}")
         for method, follower in itertools.pairwise(methods):
             if method.innermost:
-                raise ValueError(f"{method.name} computes attention itself, so {follower.name} after it in a list would "
-                                 f"not run; put {method.name} last")  # fmt: skip
+                raise ValueError(f"{method.name} computes attention itself, so {follower.name} after it in a list "
+                                 f"would not run; put {method.name} last")  # fmt: skip
         chosen = select(sites, selector) if named else default_sites(sites)
         reasons = {site.name: reason for site in chosen if (reason := unfit(site, methods)) is not None}
         if reasons and (named or len(reasons) == len(chosen)):

@@ -99,8 +99,8 @@ class Method(nn.Module):
     paper: ClassVar[str] = ""  # title and link, for the table of methods
     summary: ClassVar[str] = ""  # what it is for, in one line
     trained: ClassVar[bool] = False  # whether it needs training to be of use
-    # "raw": q and k arrive before rotary, and the method rotates them itself; "either": so where the module's rotary can
-    # be held back, which `ctx.raw` tells.
+    # "raw": q and k arrive before rotary, and the method rotates them itself; "either": so where the module's rotary
+    # can be held back, which `ctx.raw` tells.
     rotary: str = "applied"
     needs: frozenset[str] = frozenset()  # of "residual", "model_inputs", and projection names
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings that `inspect` shows beside each other
