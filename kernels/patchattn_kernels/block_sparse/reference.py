@@ -264,28 +264,36 @@ def block_maxima_reference(
     maxima = q.new_zeros(batch, groups, 1 if shared else members, rows, columns, dtype=wide)
     step = max(1, ELEMENTS // (batch * members * block_q * keys.shape[2]))  # blocks of queries
     key_rank = torch.arange(keys.shape[2], device=q.device)
+    latest_first, fewest = int(grid.first.max()), int(grid.real.min())
     for first in range(0, rows, step):
         last = min(first + step, rows)
         place = torch.arange(first * block_q, last * block_q, device=q.device)
         query_rank = (grid.first_block[:, None] * block_q + place)[:, None, None, :, None]  # [B or 1, 1, 1, t, 1]
         real = grid.real[:, None, None, None, None]
-        reach = min(columns, int(query_rank.max()) // block_k + 1) if causal else columns
+        lowest, highest = int(query_rank.min()), int(query_rank.max())
+        reach = min(columns, highest // block_k + 1) if causal else columns
         seen = key_rank[: reach * block_k]
         keep = (seen < real) & (query_rank < real) & (query_rank >= grid.first[:, None, None, None, None])
         if causal:
             keep = keep & (seen <= query_rank)
+        whole = 0  # so many keys are read by every query here, and need no mask
+        if latest_first <= lowest and highest < fewest:
+            whole = min(fewest, lowest + 1) if causal else fewest
         for group in range(groups):
-            here = _wide(queries[:, group, :, place])  # [B, members, t, D]
-            scores = here * scale @ _wide(keys[:, group, None, : reach * block_k]).mT
+            here = _wide(queries[:, group, :, place]).flatten(1, 2)  # [B, members * t, D]
+            scores = here * scale @ _wide(keys[:, group, : reach * block_k]).mT
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill(~keep[:, 0], float("-inf"))
-            total = scores.logsumexp(dim=-1, keepdim=True)
+            scores = scores.unflatten(1, (members, -1))
+            scores[..., whole:].masked_fill_(~keep[:, 0, ..., whole:], float("-inf"))
+            tiles = scores.unflatten(3, (reach, block_k)).amax(dim=4)  # [B, members, t, reach]
+            peak = tiles.amax(dim=3, keepdim=True)
+            peak = peak.masked_fill(peak == float("-inf"), 0.0)
+            total = scores.sub_(peak).exp_().sum(dim=3, keepdim=True).log_().add_(peak)
             if sinks is not None:
                 logits = sinks.to(wide).view(groups, members, 1, 1)[group]
                 total = torch.logaddexp(total, logits)
-            logged = scores.sub_(total.masked_fill(total == float("-inf"), 0.0))
-            tiles = logged.unflatten(3, (reach, block_k)).unflatten(2, (last - first, block_q)).amax(dim=(3, 5))
-            tiles = tiles.exp()  # [B, members, n, reach]
+            logged = tiles.sub_(total.masked_fill_(total == float("-inf"), 0.0))
+            tiles = logged.unflatten(2, (last - first, block_q)).amax(dim=3).exp_()  # [B, members, n, reach]
             maxima[:, group, :, first:last, :reach] = tiles.amax(dim=1, keepdim=True) if shared else tiles
     return maxima.flatten(1, 2)
