@@ -90,8 +90,8 @@ class Chunk:
         return _wide(x.index_select(0, self.lists))
 
     def keys(self, x: Tensor) -> Tensor:
-        """Those of these lists, of `[B, G, S, D]`: `[n, c, D]`."""
-        return _wide(x.reshape(-1, x.shape[3]).index_select(0, self.tokens.flatten()).view(*self.tokens.shape, -1))
+        """Those of these lists, of all in a row `[B * G * S, D]`: `[n, c, D]`."""
+        return _wide(x.index_select(0, self.tokens.flatten()).view(*self.tokens.shape, -1))
 
 
 class Lists:
@@ -180,8 +180,8 @@ def block_sparse_reference(
     """The output, and the logarithm of each row's sum of weights; +inf where nothing was read."""
     grid = Grid.of(q, k, counts.shape[2], starts, ends, block)
     lists = Lists(q, k, counts, indices, grid, causal)
-    queries = lists.queries(q)
-    out = queries.new_zeros(*queries.shape[:2], v.shape[3])
+    queries, k, v = lists.queries(q), k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3])
+    out = queries.new_zeros(*queries.shape[:2], v.shape[1])
     lse = queries.new_full(queries.shape[:2], float("inf"), dtype=_wide(q[:0]).dtype)
     for chunk in lists.chunks():
         scores = _scores(chunk.queries(queries), chunk.keys(k), lists.members, chunk.keep, scale, softcap)
@@ -227,8 +227,11 @@ def block_sparse_backward_reference(
     deltas, totals = (lists.queries(x[..., None]) for x in (delta, lse))
     dq = torch.zeros_like(queries, dtype=delta.dtype)
     dk, dv = (x.new_zeros(x.shape[:3].numel(), x.shape[3], dtype=delta.dtype) for x in (k, v))
+    flat_k, flat_v = k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3])
     for chunk in lists.chunks():
-        here, d_here, there, value = chunk.queries(queries), chunk.queries(upstream), chunk.keys(k), chunk.keys(v)
+        here, d_here, there, value = (
+            chunk.queries(queries), chunk.queries(upstream), chunk.keys(flat_k), chunk.keys(flat_v)
+        )  # fmt: skip
         scores = _scores(here, there, lists.members, chunk.keep, scale, softcap).flatten(1, 2)
         weights = (scores - chunk.queries(totals)).exp()
         d_scores = weights * (d_here @ value.mT - chunk.queries(deltas))
