@@ -20,6 +20,12 @@ class PatchCacheLayer(CacheLayerMixin):
     It reports the *logical* length, all tokens seen, so that positions and the other layers' masks stay right
     whatever it really keeps. Tensors a subclass names in `tensors` follow beam reordering, batch repeat and
     select, offloading and reset; their first dimension is the batch.
+
+    A layer of a static length counts in tensors, and writes them in place: a compiled decode step keeps its addresses.
+
+    Attributes:
+        static_length: tokens that a static cache has room for; None for one that grows.
+        seen: tokens of this cache, padding counted.
     """
 
     tensors: tuple[str, ...] = ()
@@ -28,16 +34,24 @@ class PatchCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, static_length: int | None = None) -> None:
         super().__init__()
-        self.seen: Any = 0
+        self.static_length = self.max_cache_len = static_length
+        self.is_compileable = static_length is not None
+        self.is_croppable = type(self).is_croppable and static_length is None
+        self.seen: Any = self._nothing_seen()
         self._expected = False
+
+    def _nothing_seen(self) -> Any:
+        return 0 if self.static_length is None else torch.zeros((), dtype=torch.long)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)  # some models look at their size
         self.max_batch_size = key_states.shape[0]  # asked of static caches, before 5.4
         self.is_initialized = True
+        if isinstance(self.seen, Tensor):
+            self.seen = self.seen.to(key_states.device)
 
     def expect(self) -> None:
         """The patched module is about to call `update`."""
@@ -54,7 +68,7 @@ class PatchCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if isinstance(self.seen, Tensor):
-            self.seen.add_(key_states.shape[2])  # in place: a compiled decode step keeps its addresses
+            self.seen.add_(key_states.shape[2])
         else:
             self.seen = self.seen + key_states.shape[2]
         return key_states, value_states
@@ -63,15 +77,24 @@ class PatchCacheLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        if self.static_length is not None:
+            return self.static_length, 0
         if isinstance(query_length, Tensor):  # a cache position, before 5.4
             query_length = query_length.shape[0]
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.static_length is None else self.static_length
 
-    def get_max_cache_shape(self) -> int:
-        return -1
+    get_max_cache_shape = get_max_length
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Hold `value` under `name`; of a static length in the tensor that is held there already."""
+        held = getattr(self, name)
+        if held is None or self.static_length is None:
+            setattr(self, name, value)
+        else:
+            held.copy_(value)
 
     def _apply(self, change: Any) -> None:
         for name in self.tensors:
@@ -96,13 +119,20 @@ class PatchCacheLayer(CacheLayerMixin):
             self._apply(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
-        self.seen = 0
+        self.seen = self._nothing_seen()
         self.is_initialized = False
         for name in self.tensors:
             setattr(self, name, None)
 
     def crop(self, tokens_to_remove: int) -> None:
         raise RuntimeError(f"{type(self).__name__} cannot give tokens back (crop), as assisted decoding asks")
+
+    def _given_back(self, tokens_to_remove: int) -> int:
+        """How many tokens a `crop` asks for; a static cache gives none."""
+        removed = _compat.tokens_to_remove(tokens_to_remove, int(self.seen))
+        if removed and self.static_length is not None:
+            raise RuntimeError("a static cache cannot give tokens back (crop)")
+        return removed
 
     def cache_bytes(self) -> int:
         """Bytes of every tensor held."""
@@ -127,16 +157,14 @@ class TwoTierLayer(PatchCacheLayer):
     """
 
     tensors = ("ring_keys", "ring_values", "lost_keys", "lost_values", "count", "peak")
+    is_croppable = True
 
     def __init__(
         self, full: bool, sink: int, recent: int, static_length: int | None = None, slack: int = 0, sums: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(static_length)
         self.sink, self.recent, self.slack, self.sums = sink, recent, slack, sums
         self.ring = recent + slack
-        self.static_length = self.max_cache_len = static_length
-        self.is_compileable = static_length is not None
-        self.is_croppable = static_length is None
         self.full: Any = None
         if full:
             self.full = DynamicLayer() if static_length is None else StaticLayer(static_length)
@@ -146,24 +174,10 @@ class TwoTierLayer(PatchCacheLayer):
         self.lost_values: Tensor | None = None
         self.count: Tensor | None = None
         self.peak: Tensor | None = None
-        if static_length is not None:
-            self.seen = torch.zeros((), dtype=torch.long)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.count = torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device)
-        if isinstance(self.seen, Tensor):
-            self.seen = self.seen.to(key_states.device)
-
-    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        if self.static_length is not None:
-            return self.static_length, 0
-        return super().get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        return -1 if self.static_length is None else self.static_length
-
-    get_max_cache_shape = get_max_length
 
     def ranks(self, count: Tensor | None = None) -> Tensor:
         """`[B, slots]`, the rank of the token in each slot after `count` tokens; -1 where there is none."""
@@ -213,10 +227,7 @@ class TwoTierLayer(PatchCacheLayer):
                 setattr(self, name, torch.where(taken, there, getattr(self, name)))
         if self.peak is not None:
             self.peak = torch.maximum(self.peak, count)
-        if self.static_length is not None:
-            self.count.copy_(count)
-        else:
-            self.count = count
+        self._put("count", count)
 
     def _write_one(self, k: Tensor, v: Tensor, new: Tensor) -> None:
         assert self.count is not None and self.ring_keys is not None and self.ring_values is not None
@@ -236,11 +247,7 @@ class TwoTierLayer(PatchCacheLayer):
         for name, ring, x in (("lost_keys", self.ring_keys, k), ("lost_values", self.ring_values, v)):
             gone = torch.einsum("bs,bgsd->bgd", leaves.float(), ring.float())
             gone = gone + torch.einsum("bt,bgtd->bgd", skipped.float(), x.float())
-            before = getattr(self, name)
-            if self.static_length is None:
-                setattr(self, name, before + gone)
-            else:
-                before.add_(gone)  # a compiled decode step keeps its addresses
+            self._put(name, getattr(self, name) + gone)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -269,18 +276,14 @@ class TwoTierLayer(PatchCacheLayer):
 
     def reset(self) -> None:
         super().reset()
-        if self.static_length is not None:
-            self.seen = torch.zeros((), dtype=torch.long)
         if self.full is not None:
             self.full.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Give tokens back: any number until a streaming head has dropped one, and then up to `slack` of them."""
-        removed = _compat.tokens_to_remove(tokens_to_remove, int(self.seen))
+        removed = self._given_back(tokens_to_remove)
         if removed == 0:
             return
-        if self.static_length is not None:
-            raise RuntimeError("a static cache cannot give tokens back (crop)")
         if self.count is not None and self.ring_keys is not None:
             count, peak = self.count - removed, self.count if self.peak is None else self.peak
             if bool(((peak > self.sink + self.ring) & (peak - count > self.slack)).any()):

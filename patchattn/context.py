@@ -235,6 +235,15 @@ class AttentionContext:
             self._mask = Mask(padding, self.causal, self.window, dense)
         return self._mask
 
+    @property
+    def real(self) -> Tensor | None:
+        """`[B, T]`, which tokens of this call are no padding; None if all are, or if a static cache hides it."""
+        mask, length = self.mask, self.q.shape[2]
+        if mask.dense is None:
+            return None if mask.padding is None else mask.key_padding(length, self.past_length)
+        own = mask.dense[:, 0, :, -length:].diagonal(dim1=1, dim2=2)  # whether a token reads itself
+        return None if self.static else own.expand(self.q.shape[0], -1)
+
     # ---- rotary --------------------------------------------------------------------------------------------
 
     def rotate(self, x: Tensor, positions: Tensor | None = None, rotary: nn.Module | None = None) -> Tensor:

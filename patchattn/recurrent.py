@@ -42,14 +42,12 @@ class Tokens:
 
 
 def _real(ctx: AttentionContext, method: str) -> Tensor | None:
-    length, mask = ctx.q.shape[2], ctx.mask
-    if mask.dense is None:
-        return None if mask.padding is None else mask.key_padding(length, ctx.past_length)
-    if length > 1:
+    length = ctx.q.shape[2]
+    if ctx.mask.dense is not None and length > 1:
         raise ValueError(f"{method}: the model drew a mask of its own over {length} tokens (packed sequences, a "
                          "bidirectional prefix), which a state that sums up all earlier tokens cannot follow; pass "
                          "the 2-D padding mask instead")  # fmt: skip
-    return None if ctx.static else mask.dense[:, 0, :, -1].expand(ctx.q.shape[0], -1)
+    return ctx.real
 
 
 def rotated(ctx: AttentionContext, tokens: Tokens, cache: RecurrentLayer | None) -> tuple[Tensor, Tensor]:
@@ -98,32 +96,13 @@ class RecurrentLayer(PatchCacheLayer):
     count: Any
 
     def __init__(self, recent: int, static_length: int | None = None, block: int = 0) -> None:
-        super().__init__()
+        super().__init__(static_length)
         self.recent, self.block = recent, block
-        self.static_length = self.max_cache_len = static_length
-        self.is_compileable = static_length is not None
         self.reset()
-
-    def reset(self) -> None:
-        super().reset()
-        if self.static_length is not None:
-            self.seen = torch.zeros((), dtype=torch.long)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.count = torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device)
-        if isinstance(self.seen, Tensor):
-            self.seen = self.seen.to(key_states.device)
-
-    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        if self.static_length is not None:
-            return self.static_length, 0
-        return super().get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        return -1 if self.static_length is None else self.static_length
-
-    get_max_cache_shape = get_max_length
 
     def origin_of(self, found: Tensor) -> Tensor:
         """Where each row begins: as noted, or, for rows that begin with this call, as `found`."""
@@ -181,13 +160,6 @@ class RecurrentLayer(PatchCacheLayer):
             self._put("before", before.clone())  # a part of all that was read
         new: Any = length if tokens.real is None else tokens.real.sum(dim=1)
         self._put("count", self.count + new)
-
-    def _put(self, name: str, value: Tensor) -> None:
-        held = getattr(self, name)
-        if held is None or self.static_length is None:
-            setattr(self, name, value)
-        else:
-            held.copy_(value)  # a compiled decode step keeps its addresses
 
 
 def _last(x: Tensor, count: int) -> Tensor:

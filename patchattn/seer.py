@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from patchattn_kernels.block_sparse import BlockLists, block_sparse, block_sparse_decode, list_rows
 
-from . import _compat, losses
+from . import losses
 from .cache import PatchCacheLayer, storage_bytes
 from .method import Method, MethodConfig
 
@@ -191,15 +191,13 @@ class SeerLayer(PatchCacheLayer):
     """
 
     tensors = ("kept_keys", "kept_values", "count")
+    is_croppable = True
     kept_keys: Any
     kept_values: Any
     count: Any
 
     def __init__(self, static_length: int | None = None) -> None:
-        super().__init__()
-        self.static_length = self.max_cache_len = static_length
-        self.is_compileable = static_length is not None
-        self.is_croppable = static_length is None
+        super().__init__(static_length)
         self.reset()
 
     def reset(self) -> None:
@@ -208,23 +206,6 @@ class SeerLayer(PatchCacheLayer):
         self.written = 0  # tokens a row, padding counted; a static cache counts in tensors alone
         self.aligned = self.static_length is None  # every row holds `written` real tokens
         self.cropped = False
-        if self.static_length is not None:
-            self.seen = torch.zeros((), dtype=torch.long)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        if isinstance(self.seen, Tensor):
-            self.seen = self.seen.to(key_states.device)
-
-    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        if self.static_length is not None:
-            return self.static_length, 0
-        return super().get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        return -1 if self.static_length is None else self.static_length
-
-    get_max_cache_shape = get_max_length
 
     def call(self, x: Tensor, real: Tensor | None) -> Call:
         """Where the tokens of `x` `[B, heads, T, D]` stand, of which those in `real` `[B, T]` are no padding."""
@@ -248,9 +229,7 @@ class SeerLayer(PatchCacheLayer):
                 kept.scatter_(2, place.expand(len(x), x.shape[1], -1, x.shape[3]), x)
         if self.static_length is None:
             self.written += call.length
-            self.count = call.after.expand(len(k)).clone()
-        else:
-            self.count.copy_(call.after.expand(len(k)))
+        self._put("count", call.after.expand(len(k)).clone())
 
     def _reserve(self, k: Tensor, v: Tensor) -> None:
         """Room for the new tokens; a cache that grows gets some more, so that it is seldom copied."""
@@ -280,11 +259,9 @@ class SeerLayer(PatchCacheLayer):
         return storage_bytes([self.kept_keys, self.kept_values, self.count, *notes])
 
     def crop(self, tokens_to_remove: int) -> None:
-        removed = _compat.tokens_to_remove(tokens_to_remove, int(self.seen))
+        removed = self._given_back(tokens_to_remove)
         if removed == 0:
             return
-        if self.static_length is not None:
-            raise RuntimeError("a static cache cannot give tokens back (crop)")
         if self.count is not None:
             self.count = (self.count - removed).clamp(min=0)
         self.seen -= removed
@@ -474,7 +451,7 @@ class Gate(Method):
         known = ctx.attachment.captured.get("seer")
         if known is not None:
             return known
-        call = layer.call(ctx.q, _real_tokens(ctx, ctx.q.shape[2]))
+        call = layer.call(ctx.q, ctx.real)
         stored, static = layer.written + call.length, layer.static_length is not None
         for gate in gates:
             notes = layer.notes.setdefault(gate.name, Notes())
@@ -563,22 +540,13 @@ def whole_call(ctx: AttentionContext) -> Call:
         raise ValueError("SeerAttention's gates cannot be taught on packed documents, whose blocks would begin "
                          "anywhere; set packing: false under data")  # fmt: skip
     length = ctx.q.shape[2]
-    real = None if ctx.mask.padding is None else ctx.mask.key_padding(length, ctx.past_length)
+    real = ctx.real
     before = torch.zeros(1 if real is None else len(real), dtype=torch.long, device=ctx.q.device)
     return Call.of(real, length, before, 0 if real is None else None)
 
 
 def shared_layer(static_length: int | None) -> SeerLayer:
     return SeerLayer(static_length)
-
-
-def _real_tokens(ctx: AttentionContext, length: int) -> Tensor | None:
-    """Which tokens of this call are no padding, `[B, T]`; None if all are."""
-    mask = ctx.mask
-    if mask.dense is not None:
-        own = mask.dense[:, 0, :, -length:].diagonal(dim1=1, dim2=2)  # whether a token reads itself
-        return None if ctx.static else own.expand(ctx.q.shape[0], -1)
-    return None if mask.padding is None else mask.key_padding(length, ctx.past_length)
 
 
 def group_mean(q: Tensor, groups: int) -> Tensor:

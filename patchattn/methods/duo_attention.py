@@ -334,7 +334,7 @@ class _Tokens:
 
     def __init__(self, ctx: AttentionContext) -> None:
         rows, length, device = ctx.q.shape[0], ctx.q.shape[2], ctx.q.device
-        real = _real_tokens(ctx, length)
+        real = ctx.real
         if real is None:
             self.order, self.new = None, torch.full((rows,), length, device=device)
         else:
@@ -377,13 +377,6 @@ def _key_ranks(ctx: AttentionContext, keys: int) -> Tensor | None:
 def _options(ctx: AttentionContext, heads: Tensor) -> dict[str, Any]:
     sinks = None if ctx.sinks is None else ctx.sinks.index_select(0, heads)
     return dict(scale=ctx.scaling, softcap=ctx.softcap, sinks=sinks, dropout=ctx.dropout)
-
-
-def _real_tokens(ctx: AttentionContext, length: int) -> Tensor | None:
-    mask = ctx.mask
-    if mask.dense is not None:  # one query: its row says which tokens are real
-        return mask.dense[:, 0, -1, -length:].expand(ctx.q.shape[0], -1) if not ctx.static else None
-    return None if mask.padding is None else mask.key_padding(length, ctx.past_length)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

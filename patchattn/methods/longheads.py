@@ -32,7 +32,6 @@ from patchattn_kernels.chunk_select import (
     select_chunks,
 )
 
-from .. import _compat
 from ..cache import PatchCacheLayer
 from ..method import Method, MethodConfig, register
 
@@ -142,7 +141,7 @@ class LongHeads(Method):
                              "have")  # fmt: skip
         cache = self.cache_layer(None) if ctx.cache is None else ctx.cache
         assert isinstance(cache, ChunkLayer)
-        place = cache.places(ctx.q, _real_tokens(ctx, length))  # [B, T], -1 for padding
+        place = cache.places(ctx.q, ctx.real)  # [B, T], -1 for padding
         inside = place % chunk
         q, k = ctx.rotate(ctx.q, inside), ctx.rotate(ctx.k, inside)
         cache.write(q, k, ctx.v, place, ctx.scaling)
@@ -173,15 +172,6 @@ class LongHeads(Method):
         return {"read by the last token": f"{int(counts.max())} chunks of {self.config.chunk} tokens a head"}
 
 
-def _real_tokens(ctx: AttentionContext, length: int) -> Tensor | None:
-    """Which tokens of this call are no padding, `[B, T]`; None if all are."""
-    mask = ctx.mask
-    if mask.dense is not None:
-        own = mask.dense[:, 0, :, -length:].diagonal(dim1=1, dim2=2)  # whether a token reads itself
-        return None if ctx.static else own.expand(ctx.q.shape[0], -1)
-    return None if mask.padding is None else mask.key_padding(length, ctx.past_length)
-
-
 class ChunkLayer(PatchCacheLayer):
     """Keys rotated by their place in their chunk, values, a key for each complete chunk, and the latest queries.
 
@@ -208,33 +198,14 @@ class ChunkLayer(PatchCacheLayer):
     reached: Any
 
     def __init__(self, chunk: int, offload: bool, bounds: bool, static_length: int | None = None) -> None:
-        super().__init__()
+        super().__init__(static_length)
         self.chunk, self.offloaded, self.bounds = chunk, offload, bounds
-        self.static_length = self.max_cache_len = static_length
-        self.is_compileable = static_length is not None
         self.reset()
 
     def reset(self) -> None:
         super().reset()
         self.written = 0  # tokens a row, padding counted; a static cache counts in tensors alone
         self.aligned = self.static_length is None  # every row holds `written` real tokens
-        if self.static_length is not None:
-            self.seen = torch.zeros((), dtype=torch.long)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        if isinstance(self.seen, Tensor):
-            self.seen = self.seen.to(key_states.device)
-
-    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        if self.static_length is not None:
-            return self.static_length, 0
-        return super().get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        return -1 if self.static_length is None else self.static_length
-
-    get_max_cache_shape = get_max_length
 
     def places(self, q: Tensor, real: Tensor | None) -> Tensor:
         """The place of each new token among the real tokens of its row, `[B, T]`; -1 for padding."""
@@ -264,12 +235,8 @@ class ChunkLayer(PatchCacheLayer):
             values = self._recent("recent_values", v, place, after) if self.offloaded else self.kept_values
             complete_chunks(self.chunk_keys, queries, keys, values, self.count, after, chunk=self.chunk, scale=scale)
         self.written += k.shape[2]
-        reached = torch.maximum(self.reached, after)
-        if self.static_length is None:
-            self.count, self.reached = after, reached
-        else:
-            self.count.copy_(after)
-            self.reached.copy_(reached)
+        self._put("count", after)
+        self._put("reached", torch.maximum(self.reached, after))
 
     def _reserve(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Room for the new tokens, in whole chunks; a cache that grows gets some more, so that it is seldom copied."""
@@ -339,11 +306,9 @@ class ChunkLayer(PatchCacheLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Give tokens back: at least a chunk, and any number where all that chunk keys are made of is at hand."""
-        removed = _compat.tokens_to_remove(tokens_to_remove, int(self.seen))
+        removed = self._given_back(tokens_to_remove)
         if removed == 0:
             return
-        if self.static_length is not None:
-            raise RuntimeError("a static cache cannot give tokens back (crop)")
         if self.count is not None:
             count = (self.count - removed).clamp(min=0)
             opened = count // self.chunk * self.chunk  # from here on chunk keys are made again
