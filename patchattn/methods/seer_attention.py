@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from ..context import AttentionContext
     from ..sites import Site
 
+# Tokens below which even a tenth of the blocks takes longer than all of them, on one layer with its gate, choice and
+# projections: `evals/benchmarks/seer_attention.py`. A device that is not here was not measured.
+FASTER_FROM = {"cpu": 4096}
+
 
 @register("seer_attention")
 class SeerAttention(Gate):
@@ -36,7 +40,7 @@ class SeerAttention(Gate):
 
     summary = "long prompts in a fraction of the time: a distilled gate picks the blocks of keys to read"
     paper = "SeerAttention, arXiv 2410.13276"
-    example: ClassVar[dict[str, Any]] = {"block": 4, "threshold": 0.0}
+    example: ClassVar[dict[str, Any]] = {"block": 4, "threshold": 0.0, "dense_below": 0}
 
     @dataclass(frozen=True)
     class Config(GateConfig):
@@ -56,7 +60,8 @@ class SeerAttention(Gate):
             last_block_dense: the last two blocks of queries of a call read all, as the question in a prompt should.
             keep_diagonal, keep_first: a block always reads itself and the first one; of a number of blocks, they are
                 part.
-            dense_below: up to so many tokens everything is read by the model's own attention.
+            dense_below: texts of fewer tokens are read whole by the model's own attention; None: what is faster, as
+                measured for the device (`FASTER_FROM`).
             untaught: share of the first blocks of queries, which read nearly all, that a gate is not taught on.
         """
 
@@ -68,7 +73,7 @@ class SeerAttention(Gate):
         last_block_dense: bool = runtime(True)
         keep_diagonal: bool = runtime(True)
         keep_first: bool = runtime(True)
-        dense_below: int = runtime(0)
+        dense_below: int | None = runtime(None)
         untaught: float = 0.25
 
         def __post_init__(self) -> None:
@@ -84,7 +89,8 @@ class SeerAttention(Gate):
                 self._require_share("density", zero=False)
             if self.top_k_blocks is not None:
                 self._require_int("top_k_blocks", 1)
-            self._require_int("dense_below", 0)
+            if self.dense_below is not None:
+                self._require_int("dense_below", 0)
             self._require_share("untaught")
             self._require(self.untaught < 1, "untaught", "less than 1")
 
@@ -105,10 +111,24 @@ class SeerAttention(Gate):
         )
         self.groups = site.heads // site.kv_heads
         self.queries: Tensor | None = None  # pools of the queries of the call that goes on
+        self.short: tuple[int, int] | None = None  # tokens of the last prompt, where they were too few, and how few
 
     def active(self, ctx: AttentionContext) -> bool:
         length, past = ctx.q.shape[2], ctx.past_length if isinstance(ctx.past_length, int) else 0
-        return length > 1 and not self.config.dense and past + length >= self.config.dense_below
+        if length == 1 or self.config.dense:
+            return False
+        shortest = self.config.dense_below
+        if shortest is None:
+            shortest = FASTER_FROM.get(ctx.q.device.type, 0)
+        short = past + length < shortest
+        if not torch.compiler.is_compiling():
+            self.short = (past + length, shortest) if short else None
+        return not short
+
+    def report(self) -> dict[str, Any]:
+        if self.short is None:
+            return super().report()
+        return {"blocks read": "all, {:,} tokens are fewer than dense_below = {:,}".format(*self.short)}
 
     # ---- the gate ----------------------------------------------------------------------------------------------
 

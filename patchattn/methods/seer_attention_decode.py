@@ -147,11 +147,14 @@ class SeerAttentionDecode(Gate):
         assert notes.keys is not None
         block, at = self.config.block, call.place.clamp(min=0)  # [B or 1, 1]
         known = notes.keys[:, :, : min(-(-keys // block), notes.keys.shape[2] - 1)]
-        queries = self.turned(ctx, self.query_features(ctx.q), at)
-        scores = queries @ known.mT * queries.shape[-1] ** -0.5
-        mask, allowed = self.select(scores, at, self.config)
+        mask, allowed = self.select(self.scores(ctx, known, at), at, self.config)
         self._remember(mask, allowed)
         return mask
+
+    def scores(self, ctx: AttentionContext, known: Tensor, at: Tensor) -> Tensor:
+        """Of tokens of rank `at`, in the blocks whose gate keys are `known` `[B, G, M, gate_dim]`."""
+        queries = self.turned(ctx, self.query_features(ctx.q), at)
+        return queries @ known.mT * queries.shape[-1] ** -0.5
 
     @staticmethod
     def select(scores: Tensor, at: Tensor, config: SeerAttentionDecode.Config) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .loader import Case, Comparison, exactly
 
 FORWARD, GRADIENT, MODEL = 2e-5, 1e-3, 5e-5
 NEAR = 1e-5  # a score this near to the cut may fall on either side
-PUBLISHED = {"last_block_dense": False, "keep_diagonal": False, "keep_first": False}
+PUBLISHED = {"last_block_dense": False, "keep_diagonal": False, "keep_first": False, "dense_below": 0}
 
 
 def check(case: Case) -> Iterator[Comparison]:

@@ -135,7 +135,7 @@ def test_the_report_says_how_far_the_gates_are_from_open():
 INNER = {
     "duo": patchattn.DuoAttention(heads=0.5, sink=1, recent=4),
     "longheads": patchattn.LongHeads(chunk=2, window=8),
-    "seer": patchattn.SeerAttention(block=2, density=0.4, init="mean"),
+    "seer": patchattn.SeerAttention(block=2, density=0.4, init="mean", dense_below=0),
 }
 
 

@@ -17,7 +17,7 @@ from patchattn import losses, seer, testing
 from patchattn.living import freeze_base, patch_parameters, watching
 from patchattn.record import attachment_of, record_of
 
-SPARSE = {"block": 4, "top_k_blocks": 2, "last_block_dense": False}
+SPARSE = {"block": 4, "top_k_blocks": 2, "last_block_dense": False, "dense_below": 0}
 SPARSE_DECODE = {"block": 4, "token_budget": 8}
 
 
@@ -198,7 +198,7 @@ def test_beams_carry_their_gates_along(kind):
 
 
 def test_a_layer_without_its_cache_falls_back_to_reading_all_and_so_does_a_short_prompt():
-    model, ids = patched(patchattn.SeerAttention(**SPARSE, dense_below=41)), tokens(40)
+    model, ids = patched(patchattn.SeerAttention(**{**SPARSE, "dense_below": 41})), tokens(40)
     ours = in_calls(model, ids, [40])
     with patchattn.settings(model, dense_below=40):
         sparse = in_calls(model, ids, [40])
@@ -206,6 +206,18 @@ def test_a_layer_without_its_cache_falls_back_to_reading_all_and_so_does_a_short
     wanted = in_calls(model, ids, [40])
     assert torch.equal(ours, wanted)
     assert not torch.allclose(sparse, wanted, atol=1e-4)
+
+
+def test_how_short_is_too_short_follows_from_the_device_and_is_told():
+    from patchattn.methods.seer_attention import FASTER_FROM
+
+    model = patched(patchattn.SeerAttention(**{**SPARSE, "dense_below": None}), num_hidden_layers=1)
+    in_calls(model, tokens(40), [40])
+    said = patchattn.explain(model).layers[0].report["seer_attention"]
+    assert said == {"blocks read": f"all, 40 tokens are fewer than dense_below = {FASTER_FROM['cpu']:,}"}
+    with patchattn.settings(model, dense_below=0):
+        in_calls(model, tokens(40), [40])
+    assert patchattn.explain(model).layers[0].report["seer_attention"]["blocks read"].partition(" ")[0] != "all,"
 
 
 @pytest.mark.parametrize("density", [0.1, 0.2, 0.3, 0.5, 1.0])
@@ -409,7 +421,7 @@ def test_the_first_layers_may_stay_as_they_are():
 
 
 def test_sparsity_is_a_setting_of_the_running_model():
-    method = patchattn.SeerAttention(block=4, threshold=0.0, last_block_dense=False)
+    method = patchattn.SeerAttention(block=4, threshold=0.0, last_block_dense=False, dense_below=0)
     model, ids = patched(method, num_hidden_layers=1), tokens(40)
     (gate,) = gates(model)
     shares = []
