@@ -34,7 +34,7 @@ _HOMES = {
     "settings": "living",
     "unpatch": "attach",
 }
-_SUBMODULES = ("duo", "gates", "lab", "testing", "var")
+_SUBMODULES = ("duo", "evaluate", "gates", "lab", "testing", "var")
 
 __all__ = [
     "LAWCAT",
@@ -109,3 +109,5 @@ def __dir__() -> list[str]:
 # Whole patched models open through `from_pretrained` once patchattn is imported; see checkpoint.py.
 after_import("transformers.quantizers.auto", "patchattn._transformers_plugin")
 after_import("diffusers.quantizers.auto", "patchattn._diffusers_plugin")
+# `--model patchattn` is known to lm-eval once patchattn is imported; see evaluate/.
+after_import("lm_eval.models", "patchattn._lm_eval_plugin")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__, cli_lab, cli_recipes
+from . import __version__, cli_eval, cli_lab, cli_recipes
 from .terminal import FAILED, Json, examples, one_line, show, show_error
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_recipes.app, name="recipes")
 app.add_typer(cli_lab.app, name="lab")
+app.add_typer(cli_eval.app)
 
 
 def main() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 
@@ -66,30 +64,9 @@ def ratio(seconds: dict[str, list[float]], ours: str, base: str) -> tuple[float,
 
 def machine() -> dict[str, str]:
     """What the numbers were measured on."""
-    import torch
-    import transformers
+    from patchattn import environment
 
-    import patchattn
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    return {
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": transformers.__version__,
-        "patchattn": f"{patchattn.__version__} ({commit or 'no commit'})",
-        **_clocks(),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return {**environment.machine(), **_clocks()}
 
 
 def _clocks() -> dict[str, str]:
@@ -99,11 +76,3 @@ def _clocks() -> dict[str, str]:
         return {"gpu now": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
     except (OSError, subprocess.CalledProcessError):
         return {}
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
