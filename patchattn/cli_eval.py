@@ -40,7 +40,8 @@ def evaluate(
         str | None, typer.Option(help="A saved patch: folder or repository. Or methods, as after patch= in lm_eval.")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option("--model", "-M", help="lm-eval's name for the class of model. Default: as MODEL needs.")
+        str | None,
+        typer.Option("--model", "-M", help="lm-eval's name for the class of model. Default: as MODEL needs."),
     ] = None,
     model_args: Annotated[
         str | None, typer.Option("--model_args", "-a", help="key=value,key=value: dtype, max_length, revision, ...")

@@ -79,7 +79,9 @@ def read_patch(
     parts = NEXT_METHOD.split(text)
     places = [part for part in parts if os.path.isdir(part) or "/" in part.partition(":")[0]]
     if len(parts) > 1 and places:
-        raise ValueError(f"patch={text!r}: {places[0]!r} is a saved patch, which stands alone; only methods are joined by +")
+        raise ValueError(
+            f"patch={text!r}: {places[0]!r} is a saved patch, which stands alone; only methods are joined by +"
+        )
     try:
         return _methods(text, [NEXT_SETTING.sub(",", part) for part in parts], chosen)
     except ValueError as error:

@@ -185,8 +185,8 @@ def stretches(
     ids, wanted = source.haystack, length - MARGIN
     edges = [START, *(round(wanted * bucket / buckets) for bucket in range(1, buckets + 1))]
     if edges[1] <= START:
-        raise ValueError(f"text_by_position: lengths is {length} and buckets {buckets}; the first bucket must have more "
-                         f"than {START} tokens")  # fmt: skip
+        raise ValueError(f"text_by_position: lengths is {length} and buckets {buckets}; the first bucket must have "
+                         f"more than {START} tokens")  # fmt: skip
     if len(ids) < wanted:
         raise ValueError(f"text_by_position: the text has {len(ids)} tokens; lengths {length} needs as many")
     rows = []
@@ -279,5 +279,3 @@ class PositionTask(ConfigurableTask):
         ((likelihood, _),) = results
         pair = (likelihood, doc["tokens"])
         return {"perplexity": pair, f"perplexity_{doc['bucket']}": pair}
-
-

@@ -262,4 +262,3 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _plain(found: Any) -> Any:
     return json.loads(json.dumps(found, default=handle_non_serializable, ensure_ascii=False))
-
