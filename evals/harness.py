@@ -3,7 +3,7 @@
     python evals/harness.py --model FOLDER --data BENCH --output evals/results/harness-smollm2.json
 
 BENCH is a folder of local files as docs/evaluate.md describes it. Each task takes its first rows, as many as `LIMITS`
-says: a run of minutes, not a leaderboard. Patches are written as after `patch=`; the first run is of the model as it is.
+says: a run of minutes, not a leaderboard. Patches are written as after `patch=`; the first run is without one.
 """
 
 from __future__ import annotations

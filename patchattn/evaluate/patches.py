@@ -24,7 +24,7 @@ from torch import nn
 
 from ..card import REPO_ID
 
-NEXT_METHOD = re.compile(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$))")
+NEXT_METHOD = re.compile(r"\+(?=[A-Za-z][\w/-]*(?:[:+]|$))")
 NEXT_SETTING = re.compile(r";(?=\s*\w+=)")
 
 
