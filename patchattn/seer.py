@@ -101,6 +101,12 @@ class Call:
             return x
         return torch.empty_like(x).scatter(2, self.order[:, None, :, None].expand_as(x), x)
 
+    def last(self, x: Tensor, count: int) -> Tensor:
+        """The last `count` of `sorted`."""
+        if self.order is None:
+            return x[:, :, -count:]
+        return x.gather(2, self.order[:, None, -count:, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
     def first_block(self, block: int) -> Tensor:
         """The block that the first new token is in, `[B or 1]`."""
         return self.before // block
@@ -137,19 +143,26 @@ class Notes:
     Attributes:
         keys: `[B, heads, blocks + 1, G]`, one for each block of the text, in float32; the last takes what is nothing.
         open_keys, open_queries: pools of the block that the next token is in.
+        recent: `[B, H, 2 * block + 1, D]`, the raw queries of the latest two blocks of tokens, by rank, so that tokens
+            may be given back; None where a gate needs none. The last takes what is padding.
+        since: `[B]`, from which rank on they are all there.
     """
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.open_keys: Pools | None = None
         self.open_queries: Pools | None = None
+        self.recent: Tensor | None = None
+        self.since: Tensor | None = None
 
     def held(self) -> list[Tensor]:
-        return [self.keys, *(self.open_keys or ()), *(self.open_queries or ())] if self.keys is not None else []
+        found = [self.keys, self.recent, self.since, *(self.open_keys or ()), *(self.open_queries or ())]
+        return [tensor for tensor in found if tensor is not None]
 
     def apply(self, change: Any) -> None:
-        if self.keys is not None:
-            self.keys = change(self.keys)
+        for name in ("keys", "recent", "since"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
         for name in ("open_keys", "open_queries"):
             pools = getattr(self, name)
             setattr(self, name, None if pools is None else Pools(*map(change, pools)))
@@ -167,6 +180,30 @@ class Notes:
         assert self.keys is not None
         index = (torch.arange(keys.shape[2], device=keys.device) + first[:, None]).clamp(max=room)
         self.keys.scatter_(2, index[:, None, :, None].expand_as(keys), keys.detach())
+
+    def remember(self, q: Tensor, call: Call, block: int) -> None:
+        """Keep the raw queries of the latest two blocks of tokens."""
+        size, latest = 2 * block, min(call.length, 2 * block)
+        if self.recent is None or self.since is None:
+            self.recent = q.new_zeros(*q.shape[:2], size + 1, q.shape[3])
+            self.since = torch.zeros(len(q), dtype=torch.long, device=q.device)
+        place = torch.arange(-latest, 0, device=q.device) + call.after[:, None]  # [B or 1, latest]
+        slot = (place % size).where(place >= call.before[:, None], size)[:, None, :, None]
+        x = call.last(q.detach(), latest)
+        self.recent.scatter_(2, slot.expand_as(x), x)
+        self.since = torch.maximum(self.since, call.after - size)
+
+    def give_back(self, count: Tensor) -> str | None:
+        """Go back to `count` tokens in each row; why the queries of a block that is then cut cannot be had, or None."""
+        if self.recent is None or self.since is None:
+            return None
+        block = self.recent.shape[2] // 2
+        if bool(((count % block > 0) & (count // block * block < self.since)).any()):
+            return (f"SeerAttention keeps the queries of the latest two blocks, so it can give back {block} tokens, "
+                    "one block, or any number up to where a block ends; use larger blocks, or an assistant that "
+                    "proposes fewer tokens at once")  # fmt: skip
+        self.since = torch.minimum(self.since, count)
+        return None
 
     def carry(self, name: str, pools: Pools, static: bool) -> None:
         before = getattr(self, name)
@@ -263,7 +300,11 @@ class SeerLayer(PatchCacheLayer):
         if removed == 0:
             return
         if self.count is not None:
-            self.count = (self.count - removed).clamp(min=0)
+            count = (self.count - removed).clamp(min=0)
+            for notes in self.notes.values():
+                if why := notes.give_back(count):
+                    raise RuntimeError(f"cannot give back {removed} tokens: {why}")
+            self.count = count
         self.seen -= removed
         self.written -= removed
         self.cropped = True
@@ -465,7 +506,8 @@ class Gate(Method):
         return call
 
     def look_again(self, ctx: AttentionContext, layer: SeerLayer, notes: Notes) -> None:
-        """Make the pools of the growing block again after tokens were given back, from keys rotated back."""
+        """Make the pools of the growing block again after tokens were given back: of kept queries, and of keys rotated
+        back."""
         block, count = self.config.block, layer.count
         first = count // block * block
         place = first[:, None] + torch.arange(block, device=count.device)
@@ -476,9 +518,11 @@ class Gate(Method):
         there = Call(torch.zeros_like(count), count - first, block)
         order = (torch.arange(block, device=count.device) + there.new[:, None]) % block  # the real ones last
         there.order = order
-        pools, _ = there.pool(raw, block)
-        notes.open_keys = Pools(*(pool[:, :, :1] for pool in pools))
-        notes.open_queries = None
+        notes.open_keys = Pools(*(pool[:, :, :1] for pool in there.pool(raw, block)[0]))
+        if notes.recent is not None:
+            index = (place % (2 * block))[:, None, :, None]
+            queries = notes.recent.gather(2, index.expand(-1, notes.recent.shape[1], -1, notes.recent.shape[3]))
+            notes.open_queries = Pools(*(pool[:, :, :1] for pool in there.pool(queries, block)[0]))
 
     def turned(self, ctx: AttentionContext, x: Tensor, positions: Tensor) -> Tensor:
         """The model's rotary, of the gate's width, on `[B, heads, N, G]` at `positions` `[B or 1, N]`."""

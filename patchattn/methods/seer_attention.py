@@ -155,6 +155,8 @@ class SeerAttention(Gate):
                 self.queries = features
             else:
                 notes.write(self.turned(ctx, self.key_features(features), place * block), first, blocks)
+        if not static:
+            notes.remember(ctx.q, call, block)
 
     def choose(self, ctx: AttentionContext, call: Call, notes: Notes, keys: int) -> Tensor:
         assert notes.keys is not None

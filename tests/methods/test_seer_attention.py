@@ -175,16 +175,49 @@ def test_what_is_not_chosen_is_never_read(kind):
     assert unread
 
 
-@pytest.mark.parametrize("removed", [1, 3, 6, 17])
-def test_tokens_may_be_given_back(removed):
-    model, ids = patched(*SETUPS["both"]), tokens(40)
+# With a block more than the first and its own, which are always read.
+CHOOSING = {"both": [patchattn.SeerAttention(**{**SPARSE, "top_k_blocks": 3}), SETUPS["decode"]],
+            "decode": [SETUPS["decode"]]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, kept, removed", [("both", 22, 1), ("both", 22, 3), ("both", 22, 6), ("both", 20, 17), ("decode", 22, 17)]
+)
+@pytest.mark.parametrize("after", [[1] * 18, [13, 1, 4]], ids=["one at a time", "as a prompt"])
+def test_tokens_may_be_given_back(kind, kept, removed, after):
+    model, ids = patched(*CHOOSING[kind]), tokens(40)
     straight, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    in_calls(model, ids, [20, 1, 1], straight)
-    wrong = torch.cat([ids[:, :22], tokens(removed, seed=9)], dim=1)
-    in_calls(model, wrong, [20, 1, 1] + [1] * removed, cache)
-    cache.crop(22)
-    ours, wanted = (in_calls(model, ids, [1] * 18, kept) for kept in (cache, straight))
+    in_calls(model, ids, [20] + [1] * (kept - 20), straight)
+    wrong = torch.cat([ids[:, :kept], tokens(removed, seed=9)], dim=1)
+    in_calls(model, wrong, [20] + [1] * (kept - 20 + removed), cache)
+    cache.crop(kept)
+    ours, wanted = (in_calls(model, ids, after, made) for made in (cache, straight))
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+def test_tokens_may_be_given_back_again_and_again_of_padded_rows():
+    model, ids = patched(*CHOOSING["both"]), tokens(40, rows=2)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :3] = 0
+    straight, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    in_calls(model, ids, [21], straight, attention_mask=mask)
+    in_calls(model, ids, [21], cache, attention_mask=mask)
+    for removed in (2, 4, 1):
+        in_calls(model, torch.cat([ids[:, :21], tokens(removed, rows=2, seed=9)], dim=1), [removed], cache,
+                 attention_mask=mask)  # fmt: skip
+        cache.crop(21)
+    ours, wanted = (in_calls(model, ids, [12, 1], kept, attention_mask=mask) for kept in (cache, straight))
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+def test_more_than_the_queries_that_are_kept_cannot_be_given_back():
+    model, ids = patched(*CHOOSING["both"]), tokens(40)
+    cache = DynamicCache(config=model.config)
+    before = in_calls(model, ids, [40], cache)
+    with pytest.raises(RuntimeError, match=r"cannot give back 11 tokens: .* can give back 4 tokens, one block"):
+        cache.crop(-11)
+    cache.crop(-12)  # where a block ends
+    torch.testing.assert_close(in_calls(model, ids, [12], cache), before[:, 28:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(SETUPS))
