@@ -69,7 +69,9 @@ FORMS = {
     "terraced": dict(window=7, window_kind="terraced", linear_factor=torch.tensor([0.1, 0.5, 0.9, 1.0])),
     "scalar gate": dict(gate=decays(1)),
     "vector gate": dict(gate=decays(2 * FEATURES)),
+    "mild vector gate": dict(gate=decays(2 * FEATURES) / 20),
     "gate behind a window": dict(gate=decays(2 * FEATURES), window=7),
+    "mild gate behind a window": dict(gate=decays(2 * FEATURES) / 20, window=7),
     "gate over a window": dict(gate=decays(2 * FEATURES), window=7, overlap=True, feature_scale=0.3, eps=1e-10),
 }
 CALLS = {
@@ -84,6 +86,7 @@ CALLS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_parallel_chunked_and_recurrent_forms_are_equal(form, padding, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK", 16)
+    monkeypatch.setattr(reference, "MILD_CHUNK", 24)
     options = FORMS[form] | softmax_maps() | {"rank": ranks(*(padding or (0, 0)))}
     q, k, v = tensors()
     parts = linear_weights(q, k, v, **options)

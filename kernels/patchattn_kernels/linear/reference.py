@@ -23,6 +23,8 @@ from torch.nn import functional
 
 CHUNK = 128  # queries at a time
 GATED_CHUNK = 16  # with a decay for every feature, whose weights are made of a [queries, keys, features] tensor
+MILD_CHUNK = 64  # with such a decay of which so many tokens still give a number and its inverse
+MILDEST = -60.0  # sum of log gates whose exponential and its inverse float32 holds, with room for the features
 LEAST = 1e-12  # features that must be positive are at least that
 MAPS = ("softmax", "softmax_half", "exp", "exp_half", "relu", "elu", "taylor", "identity")
 
@@ -168,7 +170,10 @@ def linear_reference(call: Call) -> tuple[Tensor, Tensor]:
     absorbed = reach.in_state(first)[:, None]  # [1 or B, 1]
     state, outs = call.state, []
     size = queries if call.gate is None and queries <= CHUNK else CHUNK
-    size = GATED_CHUNK if call.gate is not None and call.gate.shape[-1] > 1 else size
+    mild = False
+    if call.gate is not None and call.gate.shape[-1] > 1:
+        mild = _is_mild(call, MILD_CHUNK + delay)
+        size = MILD_CHUNK if mild else GATED_CHUNK
     for start in range(0, queries, size):
         stop = min(start + size, queries)
         low, high = max(0, past + start - delay), past + stop
@@ -181,7 +186,8 @@ def linear_reference(call: Call) -> tuple[Tensor, Tensor]:
         decay = _decay(call, low - extra, high - extra, key_place)
         before = past + start - low  # keys of this chunk that came before its first query
         keep = key_place[:, None] < reach.linear_stop(place)[..., None]  # [1 or B, queries, keys]
-        sums = _near(phi_q, repeat_heads(phi_k, heads), decay, before, keep[:, None]) @ repeat_heads(values, heads)
+        near = _near(phi_q, repeat_heads(phi_k, heads), decay, before, keep[:, None], mild)
+        sums = near @ repeat_heads(values, heads)
         if state is not None:
             seen = phi_q if decay is None else phi_q * repeat_heads(_since(decay, before).exp(), heads)
             sums = sums + seen @ repeat_heads(state, heads)
@@ -245,11 +251,13 @@ def weights_reference(call: Call, causal: bool) -> tuple[Tensor, Tensor]:
     return window, linear
 
 
-def _near(phi_q: Tensor, phi_k: Tensor, decay: Tensor | None, before: int, keep: Tensor) -> Tensor:
+def _near(phi_q: Tensor, phi_k: Tensor, decay: Tensor | None, before: int, keep: Tensor, mild: bool = False) -> Tensor:
     """The linear weights of a chunk's queries for keys at hand, `[B, H, queries, keys]`."""
     if decay is None:
         return (phi_q @ phi_k.mT).masked_fill(~keep, 0.0)
     decay = repeat_heads(decay, phi_q.shape[1])
+    if mild:
+        return ((phi_q * decay[:, :, before:].exp()) @ (phi_k * (-decay).exp()).mT).masked_fill(~keep, 0.0)
     # Later keys would give positive exponents, which may overflow; they are not read anyway.
     between = (decay[:, :, before:, None] - decay[:, :, None]).masked_fill(~keep[..., None], -torch.inf)
     if decay.shape[-1] == 1:
@@ -263,6 +271,14 @@ def _decay(call: Call, low: int, high: int, key_place: Tensor) -> Tensor | None:
         return None
     gate = call.gate[:, :, low:high].to(call.wide).masked_fill((key_place < 0)[:, None, :, None], 0.0)
     return repeat_heads(gate.cumsum(dim=2), call.state_heads)
+
+
+def _is_mild(call: Call, tokens: int) -> bool:
+    """Whether no decay over so many tokens is too strong to be taken back by its inverse; asked where it saves time."""
+    assert call.gate is not None
+    if call.q.shape[2] <= GATED_CHUNK or torch.compiler.is_compiling():
+        return False
+    return bool(call.gate.amin() * tokens > MILDEST)
 
 
 def _since(decay: Tensor, before: int) -> Tensor:
