@@ -9,7 +9,7 @@ in pieces that `merge_kernel` puts together.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,20 +17,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..dispatch import interpreted
 from ..static import Compile
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Tiles(NamedTuple):
-    """How many queries and keys a program holds at a time at most, and how it is launched."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
+from ..tiles import (
+    LOG2E,
+    Tiles,
+    chosen,
+    constants_of,
+    contiguous,
+    differentiate,
+    empty_rows,
+    fold,
+    join,
+    leave,
+    load_at,
+    rows_of,
+    scores_of,
+    store_at,
+)
 
 Table = dict[tuple[int, int], tuple[Tiles, ...]]
 # By (bits of a number, largest head size), for tiles of many and of few queries. Float32 is multiplied in three parts.
@@ -50,49 +53,6 @@ COLUMNS = 512  # of a mask, read at a time
 
 
 # ---- what the kernels share --------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load(ptr, offsets, columns, row_mask, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows whose columns lie side by side; zeros where `row_mask`, if any, is False."""
-    places = ptr + offsets[:, None] + columns[None, :]
-    if row_mask is None:
-        if columns.shape[0] == D:
-            tile = tl.load(places)
-        else:
-            tile = tl.load(places, mask=(columns < D)[None, :], other=0.0)
-    elif columns.shape[0] == D:
-        tile = tl.load(places, mask=row_mask[:, None], other=0.0)
-    else:
-        tile = tl.load(places, mask=row_mask[:, None] & (columns < D)[None, :], other=0.0)
-    return tile.to(tl.float32) if UPCAST else tile
-
-
-@triton.jit
-def _store(ptr, offsets, columns, row_mask, values, D: tl.constexpr):
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tl.store(ptr + offsets[:, None] + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """`q @ k.T`, scaled and capped, in units of log 2."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        twice = tl.exp2(scores * (2 * LOG2E * scale / softcap))
-        return softcap * LOG2E * (1 - 2 / (twice + 1))  # tanh
-    return scores * (scale * LOG2E)
-
-
-@triton.jit
-def _fold(acc, row_max, row_sum, scores, v, PRECISION: tl.constexpr):
-    """One tile of scores, -inf where masked, and its values into the running softmax."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    safe = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has read nothing so far
-    weights = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(row_max - safe)
-    acc = tl.dot(weights.to(v.dtype), v, acc=acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -155,7 +115,9 @@ def forward_kernel(
     query_rank = rank + tile % TOKENS
     token, head = query_rank - first, (owner * MEMBERS + member).to(tl.int64)
     inside = (token >= 0) & (token < T) & (member < MEMBERS)
-    q = _load(q_ptr + batch * stride_qb, head * stride_qh + token.to(tl.int64) * stride_qt, columns, inside, D, UPCAST)
+    q = load_at(
+        q_ptr + batch * stride_qb, head * stride_qh + token.to(tl.int64) * stride_qt, columns, inside, D, UPCAST
+    )
 
     acc = tl.zeros([PACK * TOKENS, BLOCK_D], tl.float32)
     row_sum = tl.zeros([PACK * TOKENS], tl.float32)
@@ -177,34 +139,34 @@ def forward_kernel(
     for index in range(low, middle):
         key_rank = tl.load(list_ptr + index // SUB) * BLOCK_K + index % SUB * BLOCK_S + tl.arange(0, BLOCK_S)
         there = key_rank.to(tl.int64) * stride_ks
-        k = _load(k_base, there, columns, None, D, UPCAST)
-        v = _load(v_base, there, columns, None, D, UPCAST)
-        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        k = load_at(k_base, there, columns, None, D, UPCAST)
+        v = load_at(v_base, there, columns, None, D, UPCAST)
+        scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
     for index in range(middle, high):
         key_rank = tl.load(list_ptr + index // SUB) * BLOCK_K + index % SUB * BLOCK_S + tl.arange(0, BLOCK_S)
         there, keep = key_rank.to(tl.int64) * stride_ks, key_rank < real
-        k = _load(k_base, there, columns, keep, D, UPCAST)
-        v = _load(v_base, there, columns, keep, D, UPCAST)
+        k = load_at(k_base, there, columns, keep, D, UPCAST)
+        v = load_at(v_base, there, columns, keep, D, UPCAST)
         keep = keep[None, :]
         if CAUSAL:
             keep = keep & (key_rank[None, :] <= query_rank[:, None])
-        scores = tl.where(keep, _scores(q, k, scale, softcap, SOFTCAP, PRECISION), float("-inf"))
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        scores = tl.where(keep, scores_of(q, k, scale, softcap, SOFTCAP, PRECISION), float("-inf"))
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
 
     place = (batch * heads + head) * T + token
     if part_ptr is None:
         read = row_sum > 0
         out = acc / tl.where(read, row_sum, 1.0)[:, None]
-        _store(out_ptr + batch * stride_ob, head * stride_oh + token.to(tl.int64) * stride_ot, columns, inside, out, D)
+        store_at(
+            out_ptr + batch * stride_ob, head * stride_oh + token.to(tl.int64) * stride_ot, columns, inside, out, D
+        )
         # +inf where nothing was read, so that the gradient finds no weight there
         lse = tl.where(read, (row_max + tl.log2(tl.where(read, row_sum, 1.0))) / LOG2E, float("inf"))
         tl.store(lse_ptr + place, lse, mask=inside)
     else:
         place = place * splits + split
-        _store(part_ptr, place * D, columns, inside, acc, D)
-        tl.store(sums_ptr + place * 2, row_max, mask=inside)
-        tl.store(sums_ptr + place * 2 + 1, row_sum, mask=inside)
+        leave(part_ptr, sums_ptr, place, columns, inside, acc, row_max, row_sum, D)
 
 
 @triton.jit(do_not_specialize=["T", "S", "splits"])
@@ -218,39 +180,16 @@ def merge_kernel(
     pieces, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     place = (batch * tl.num_programs(1) + head) * T + token
     parts, inside = place * splits + pieces, pieces < tl.where(token + first >= 0, splits, 0)  # none for padding
-    row_max = tl.load(sums_ptr + parts * 2, mask=inside, other=float("-inf"))
-    row_sum = tl.load(sums_ptr + parts * 2 + 1, mask=inside, other=0.0)
-    acc = _load(part_ptr, parts * D, columns, inside, D, False)
-    top = tl.max(row_max, 0)
-    if sinks_ptr is not None:
-        logit = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        top = tl.maximum(top, logit)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    factor = tl.exp2(row_max - safe)
-    total = tl.sum(row_sum * factor, 0)
-    if sinks_ptr is not None:
-        total += tl.exp2(logit - safe)
-    out = tl.sum(acc * factor[:, None], 0) / tl.where(total > 0, total, 1.0)
+    acc, total, top = join(part_ptr, sums_ptr, parts, columns, inside, sinks_ptr, head, D)
+    out = acc / tl.where(total > 0, total, 1.0)
     out_ptr += batch * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_ot
     tl.store(out_ptr + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D)
     tl.store(
-        lse_ptr + place, tl.where(total > 0, (safe + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, float("inf"))
+        lse_ptr + place, tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, float("inf"))
     )
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _differentiate(q, k, v, d_out, lse, delta, keep, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Weights of a tile and gradient of its scores before the scale; transposed if q, k and v, d_out are swapped."""
-    scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-    weights = tl.where(keep, tl.exp2(scores - lse * LOG2E), 0.0)
-    d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta)
-    if SOFTCAP:
-        capped = scores / (softcap * LOG2E)
-        d_scores *= 1 - capped * capped
-    return weights, d_scores
 
 
 @triton.jit(do_not_specialize=["T", "S", "rows"])
@@ -277,9 +216,9 @@ def queries_kernel(
     token, head = query_rank - first, (owner * MEMBERS + member).to(tl.int64)
     inside = (token >= 0) & (token < T) & (member < MEMBERS)
     offsets = batch * stride_qb + head * stride_qh + token.to(tl.int64) * stride_qt
-    q = _load(q_ptr, offsets, columns, inside, D, UPCAST)
-    d_out = _load(d_out_ptr, offsets, columns, inside, D, UPCAST)
-    out = _load(out_ptr, offsets, columns, inside, D, UPCAST)
+    q = load_at(q_ptr, offsets, columns, inside, D, UPCAST)
+    d_out = load_at(d_out_ptr, offsets, columns, inside, D, UPCAST)
+    out = load_at(out_ptr, offsets, columns, inside, D, UPCAST)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     place = (batch * heads + head) * T + token
     tl.store(delta_ptr + place, delta, mask=inside)
@@ -294,16 +233,16 @@ def queries_kernel(
     for index in range(0, stop * SUB):
         key_rank = tl.load(list_ptr + index // SUB) * BLOCK_K + index % SUB * BLOCK_S + tl.arange(0, BLOCK_S)
         there, keep = key_rank.to(tl.int64) * stride_ks, key_rank < real
-        k = _load(k_base, there, columns, keep, D, UPCAST)
-        v = _load(v_base, there, columns, keep, D, UPCAST)
+        k = load_at(k_base, there, columns, keep, D, UPCAST)
+        v = load_at(v_base, there, columns, keep, D, UPCAST)
         keep = keep[None, :]
         if CAUSAL:
             keep = keep & (key_rank[None, :] <= query_rank[:, None])
-        _, d_scores = _differentiate(
-            q, k, v, d_out, lse[:, None], delta[:, None], keep, scale, softcap, SOFTCAP, PRECISION
+        _, d_scores = differentiate(
+            q, k, v, d_out, lse[:, None] * LOG2E, delta[:, None], keep, scale, softcap, SOFTCAP, PRECISION
         )
         dq = tl.dot(d_scores.to(k.dtype), k, acc=dq, input_precision=PRECISION)
-    _store(dq_ptr, offsets, columns, inside, dq * scale, D)
+    store_at(dq_ptr, offsets, columns, inside, dq * scale, D)
 
 
 @triton.jit(do_not_specialize=["T", "S", "rows"])
@@ -329,8 +268,8 @@ def keys_kernel(
     key_rank = block * BLOCK_K + tl.program_id(1) % SUB * BLOCK_S + tl.arange(0, BLOCK_S)
     tile, columns = tl.arange(0, PACK * TOKENS), tl.arange(0, BLOCK_D)
     offsets = batch * stride_kb + kv_head.to(tl.int64) * stride_kh + (key_rank + start).to(tl.int64) * stride_ks
-    k = _load(k_ptr, offsets, columns, key_rank < real, D, UPCAST)
-    v = _load(v_ptr, offsets, columns, key_rank < real, D, UPCAST)
+    k = load_at(k_ptr, offsets, columns, key_rank < real, D, UPCAST)
+    v = load_at(v_ptr, offsets, columns, key_rank < real, D, UPCAST)
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for one in range(0, OWNERS):
@@ -348,21 +287,21 @@ def keys_kernel(
             inside = (token >= 0) & (token < T) & (member < MEMBERS)
             place = (batch * groups * GROUP + head) * T + token
             rows = batch * stride_qb + head * stride_qh + token.to(tl.int64) * stride_qt
-            q = _load(q_ptr, rows, columns, inside, D, UPCAST)
-            d_out = _load(d_out_ptr, rows, columns, inside, D, UPCAST)
+            q = load_at(q_ptr, rows, columns, inside, D, UPCAST)
+            d_out = load_at(d_out_ptr, rows, columns, inside, D, UPCAST)
             lse = tl.load(lse_ptr + place, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
             keep = (key_rank < real)[:, None]
             if CAUSAL:
                 keep = keep & (key_rank[:, None] <= query_rank[None, :])
-            weights, d_scores = _differentiate(
-                k, q, d_out, v, lse[None, :], delta[None, :], keep, scale, softcap, SOFTCAP, PRECISION
+            weights, d_scores = differentiate(
+                k, q, d_out, v, lse[None, :] * LOG2E, delta[None, :], keep, scale, softcap, SOFTCAP, PRECISION
             )  # [keys, queries], so that neither is turned over before the next product
             dv = tl.dot(weights.to(v.dtype), d_out, acc=dv, input_precision=PRECISION)
             dk = tl.dot(d_scores.to(k.dtype), q, acc=dk, input_precision=PRECISION)
     inside = key_rank + start < S
-    _store(dk_ptr, offsets, columns, inside, dk * scale, D)
-    _store(dv_ptr, offsets, columns, inside, dv, D)
+    store_at(dk_ptr, offsets, columns, inside, dk * scale, D)
+    store_at(dv_ptr, offsets, columns, inside, dv, D)
 
 
 # ---- block maxima ------------------------------------------------------------------------------------------
@@ -382,13 +321,9 @@ def sums_kernel(
     token, columns = number * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     query_rank = token + first
     here = batch * stride_qb + head * stride_qh
-    q = _load(q_ptr + here, token.to(tl.int64) * stride_qt, columns, token < T, D, UPCAST)
+    q = load_at(q_ptr + here, token.to(tl.int64) * stride_qt, columns, token < T, D, UPCAST)
     k_base = k_ptr + batch * stride_kb + head // GROUP * stride_kh + start * stride_ks
-    row_sum = tl.zeros([BLOCK_T], tl.float32)
-    row_max = row_sum - float("inf")
-    if sinks_ptr is not None:
-        row_max = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E + tl.zeros([BLOCK_T], tl.float32)
-        row_sum += 1
+    row_max, row_sum = empty_rows(sinks_ptr, head, BLOCK_T)
     whole, stop = real // BLOCK_S, tl.cdiv(real, BLOCK_S)
     if CAUSAL:
         rank = number * BLOCK_T + first
@@ -396,17 +331,17 @@ def sums_kernel(
         stop = tl.minimum(stop, tl.cdiv(tl.maximum(rank + BLOCK_T, 0), BLOCK_S))
     for index in range(0, whole):
         there = (index * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64) * stride_ks
-        scores = _scores(q, _load(k_base, there, columns, None, D, UPCAST), scale, softcap, SOFTCAP, PRECISION)
+        scores = scores_of(q, load_at(k_base, there, columns, None, D, UPCAST), scale, softcap, SOFTCAP, PRECISION)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(scores - new_max[:, None]), 1)
         row_max = new_max
     for index in range(whole, stop):
         key_rank = index * BLOCK_S + tl.arange(0, BLOCK_S)
-        k = _load(k_base, key_rank.to(tl.int64) * stride_ks, columns, key_rank < real, D, UPCAST)
+        k = load_at(k_base, key_rank.to(tl.int64) * stride_ks, columns, key_rank < real, D, UPCAST)
         keep = (key_rank < real)[None, :]
         if CAUSAL:
             keep = keep & (key_rank[None, :] <= query_rank[:, None])
-        scores = tl.where(keep, _scores(q, k, scale, softcap, SOFTCAP, PRECISION), float("-inf"))
+        scores = tl.where(keep, scores_of(q, k, scale, softcap, SOFTCAP, PRECISION), float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)
         row_sum = row_sum * tl.exp2(row_max - safe) + tl.sum(tl.exp2(scores - safe[:, None]), 1)
@@ -444,7 +379,7 @@ def maxima_kernel(
     sums = lse_ptr + (batch * tl.num_programs(2) + owner) * MEMBERS * T
     token_offsets = token.to(tl.int64) * stride_qt
     if MEMBERS == 1:
-        q = _load(q_base, token_offsets, columns, inside, D, UPCAST)
+        q = load_at(q_base, token_offsets, columns, inside, D, UPCAST)
         lse = tl.load(sums + token, mask=inside, other=float("inf"))
     row = number * ROWS + tl.arange(0, ROWS)
     out = maxima_ptr + ((batch * tl.num_programs(2) + owner) * rows + row[:, None]) * blocks
@@ -455,15 +390,15 @@ def maxima_kernel(
         best = tl.zeros([ROWS, COLUMNS], tl.float32) - float("inf")
         for part in tl.static_range(SUB):
             key_rank = (index * SUB + part) * BLOCK_S + tl.arange(0, BLOCK_S)
-            k = _load(k_base, key_rank.to(tl.int64) * stride_ks, columns, key_rank < real, D, UPCAST)
+            k = load_at(k_base, key_rank.to(tl.int64) * stride_ks, columns, key_rank < real, D, UPCAST)
             keep = (key_rank < real)[None, :]
             if CAUSAL:
                 keep = keep & (key_rank[None, :] <= query_rank[:, None])
             for member in range(0, MEMBERS):
                 if MEMBERS > 1:
-                    q = _load(q_base + member * stride_qh, token_offsets, columns, inside, D, UPCAST)
+                    q = load_at(q_base + member * stride_qh, token_offsets, columns, inside, D, UPCAST)
                     lse = tl.load(sums + member * T + token, mask=inside, other=float("inf"))
-                logged = _scores(q, k, scale, softcap, SOFTCAP, PRECISION) - lse[:, None]
+                logged = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION) - lse[:, None]
                 logged = tl.reshape(tl.where(keep, logged, float("-inf")), [BLOCK_T, COLUMNS, WIDTH])
                 found = tl.reshape(tl.max(logged, 2), [ROWS, BLOCK_Q, COLUMNS])
                 best = tl.maximum(best, tl.max(found, 1))
@@ -502,10 +437,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and the logarithm of each row's sum of weights."""
     batch, heads, queries, size = q.shape
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     out = q.new_empty(batch, queries, heads, size).transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    starts, ends = _contiguous(starts), _contiguous(ends)
+    starts, ends = contiguous(starts), contiguous(ends)
     counts, indices, members = _owned(q, k, counts, indices)
     table = FORWARD_AMPERE if launch.generation(q.device) == 8 else FORWARD
     options = _options(table, q, block, members)
@@ -543,7 +478,7 @@ def gradients(
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
     q, k, v, out, d_out = (x.contiguous() for x in (q, k, v, out, d_out))
-    starts, ends = _contiguous(starts), _contiguous(ends)
+    starts, ends = contiguous(starts), contiguous(ends)
     counts, indices, members = _owned(q, k, counts, indices)
     turned_counts, turned, _ = _owned(q, k, turned_counts, turned)
     # No program owns padding.
@@ -575,10 +510,10 @@ def maxima(
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    starts, ends = _contiguous(starts), _contiguous(ends)
+    starts, ends = contiguous(starts), contiguous(ends)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     (tiles,) = SUMS[8 * q.element_size(), 128]
-    common = _common(q)
+    common = constants_of(q)
     options = dict(GROUP=heads // groups, CAUSAL=causal, SOFTCAP=softcap is not None, **common)
     sides = *q.stride()[:3], *k.stride()[:3]
     sums_kernel[(triton.cdiv(queries, tiles.queries), batch, heads)](
@@ -619,34 +554,15 @@ def _owned(q: Tensor, k: Tensor, counts: Tensor, indices: Tensor) -> tuple[Tenso
     return counts.expand(shape).contiguous(), indices, q.shape[1] // owners
 
 
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the kernels read them: columns side by side, and keys and values laid out alike."""
-    alike = all(x.stride(-1) == 1 and x.stride() == tensors[-1].stride() for x in tensors[1:])
-    return tuple(x if x.stride(-1) == 1 and (alike or not i) else x.contiguous() for i, x in enumerate(tensors))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _common(q: Tensor) -> dict[str, Any]:
-    bits = 8 * q.element_size()
-    return dict(
-        D=q.shape[-1], BLOCK_D=max(16, triton.next_power_of_2(q.shape[-1])), PRECISION=launch.precision(bits),
-        UPCAST=interpreted() and bits == 16,
-    )  # fmt: skip
-
-
 def _options(table: Table, q: Tensor, block: tuple[int, int], members: int) -> dict[str, Any]:
     """Constants and launch settings of the largest tiles that a block's tokens fill, of all heads with one list."""
-    common = _common(q)
-    choice = table[8 * q.element_size(), 128 if common["BLOCK_D"] <= 128 else 256]
+    choice = chosen(table, q)
     filled = block[0] * triton.next_power_of_2(members)
     tiles = next((tiles for tiles in choice if tiles.queries <= filled), choice[-1])
     tokens = min(block[0], tiles.queries)
     return dict(
         BLOCK_Q=block[0], BLOCK_K=block[1], TOKENS=tokens, PACK=tiles.queries // tokens,
-        BLOCK_S=min(tiles.keys, block[1]), num_warps=tiles.num_warps, num_stages=tiles.num_stages, **common,
+        BLOCK_S=min(tiles.keys, block[1]), num_warps=tiles.num_warps, num_stages=tiles.num_stages, **constants_of(q),
     )  # fmt: skip
 
 

@@ -23,24 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..dispatch import interpreted
 from ..static import Compile
+from ..tiles import LOG2E, Tiles, chosen, contiguous, finite, fold, load, options_of, rows_of, store
 from . import reference
 
 PADDING, REST, IMAGE, IMAGE_SINK = (
     tl.constexpr(value) for value in (reference.PADDING, reference.REST, reference.IMAGE, reference.IMAGE_SINK)
 )
 EPSILON = tl.constexpr(reference.EPSILON)
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Tiles(NamedTuple):
-    """How many queries and keys a program holds at a time, and how it is launched."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
 
 
 # By (bits of a number, largest head size). Float32 is multiplied in three parts, as exact as float32 itself.
@@ -54,36 +44,6 @@ COUNT = 32  # tiles of keys that are counted at a time
 
 
 # ---- what the kernels share --------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load(ptr, rows, stride, columns, row_mask, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of a matrix whose columns lie side by side; zeros where there is none."""
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tile = tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tile.to(tl.float32) if UPCAST else tile
-
-
-@triton.jit
-def _store(ptr, rows, stride, columns, row_mask, values, D: tl.constexpr):
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _finite(row_max):
-    """A maximum to subtract; 0 in a row that has read nothing."""
-    return tl.where(row_max == float("-inf"), 0.0, row_max)
-
-
-@triton.jit
-def _fold(acc, row_max, row_sum, scores, v, PRECISION: tl.constexpr):
-    """One tile of scores, -inf where masked, and its values into the running softmax."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - _finite(new_max)[:, None])
-    shrink = tl.exp2(row_max - _finite(new_max))
-    acc = tl.dot(weights.to(v.dtype), v, acc=acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -159,7 +119,7 @@ def forward_kernel(
     tiles = tl.cdiv(stop, BLOCK_S)
     if kinds_ptr is not None:
         whole = 0
-    q = _load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, rows < T, D, UPCAST)
+    q = load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, rows < T, D, UPCAST)
     scale *= LOG2E
 
     rests = tiles
@@ -174,24 +134,24 @@ def forward_kernel(
             tile = tl.load(image_tiles_ptr + batch * listed + index)
             there = tile * BLOCK_S + tl.arange(0, BLOCK_S)
             kinds = tl.load(kinds_ptr + batch * S + there, mask=there < S, other=PADDING)
-            k = _load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
-            v = _load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
+            k = load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
+            v = load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
             keep = (kinds == IMAGE)[None, :]
             if CAUSAL:
                 keep = keep & (there[None, :] <= places[:, None])
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             scores = tl.where(keep, scores, float("-inf"))
-            image_acc, image_max, image_sum = _fold(image_acc, image_max, image_sum, scores, v, PRECISION)
+            image_acc, image_max, image_sum = fold(image_acc, image_max, image_sum, scores, v, PRECISION)
 
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
     row_max = row_sum - float("inf")
     for tile in range(0, whole):
         there = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        k = _load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
-        v = _load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
+        k = load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
+        v = load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
     for index in range(whole, rests):
         tile = index
         if images_ptr is not None:
@@ -205,11 +165,11 @@ def forward_kernel(
                 keep = keep & ((kinds == REST)[None, :] | (not changes))
         if CAUSAL:
             keep = keep & (there[None, :] <= places[:, None])
-        k = _load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
-        v = _load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
+        k = load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
+        v = load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(keep, scores, float("-inf"))
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
 
     row = (batch * tl.num_programs(2) + head) * T + rows
     if images_ptr is not None:
@@ -220,24 +180,24 @@ def forward_kernel(
             place = first + tl.arange(0, SINKS)
             there = tl.load(sink_keys_ptr + batch * S + place, mask=place < sinks, other=S)
             kinds = tl.load(kinds_ptr + batch * S + there, mask=there < S, other=PADDING)
-            k = _load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
+            k = load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             keep = (kinds != PADDING)[None, :]
             if CAUSAL:
                 keep = keep & (there[None, :] <= places[:, None])
             scores = tl.where(keep, scores, float("-inf"))
             new_max = tl.maximum(sink_max, tl.max(scores, 1))
-            weights = tl.exp2(scores - _finite(new_max)[:, None])
-            shrink = tl.exp2(sink_max - _finite(new_max))
+            weights = tl.exp2(scores - finite(new_max)[:, None])
+            shrink = tl.exp2(sink_max - finite(new_max))
             of_image = tl.sum(tl.where((kinds == IMAGE_SINK)[None, :], weights, 0.0), 1)
             text_sink = text_sink * shrink + tl.sum(weights, 1) - of_image
             image_sink = image_sink * shrink + of_image
             sink_max = new_max
         images = tl.load(images_ptr + batch * T + rows, mask=rows < T, other=0)
         top = tl.maximum(row_max, tl.maximum(image_max, sink_max))
-        rest_part = tl.exp2(row_max - _finite(top))
-        image_part = tl.exp2(image_max - _finite(top))
-        sink_part = tl.exp2(sink_max - _finite(top))
+        rest_part = tl.exp2(row_max - finite(top))
+        image_part = tl.exp2(image_max - finite(top))
+        sink_part = tl.exp2(sink_max - finite(top))
         total = row_sum * rest_part + image_sum * image_part + (image_sink + text_sink) * sink_part
         inverse = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
         gain = _gain(image_sum * image_part * inverse, image_sink * sink_part * inverse,
@@ -248,13 +208,13 @@ def forward_kernel(
         for first in range(0, sinks, SINKS):
             place = first + tl.arange(0, SINKS)
             there = tl.load(sink_keys_ptr + batch * S + place, mask=place < sinks, other=S)
-            k = _load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
-            v = _load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
+            k = load(k_base, there, stride_ks, columns, there < S, D, UPCAST)
+            v = load(v_base, there, stride_ks, columns, there < S, D, UPCAST)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             keep = (there < S)[None, :]
             if CAUSAL:
                 keep = keep & (there[None, :] <= places[:, None])
-            weights = tl.where(keep, tl.exp2(scores - _finite(top)[:, None]) * left[:, None], 0.0)
+            weights = tl.where(keep, tl.exp2(scores - finite(top)[:, None]) * left[:, None], 0.0)
             acc = tl.dot(weights.to(v.dtype), v, acc=acc, input_precision=PRECISION)
         tl.store(gain_ptr + row, gain, mask=rows < T)
     else:
@@ -264,7 +224,7 @@ def forward_kernel(
         gates = gate_ptr + batch * stride_gb + head * stride_gh + rows.to(tl.int64)[:, None] * stride_gt
         mask = (rows < T)[:, None] & (columns < D)[None, :]
         acc *= tl.load(gates + columns[None, :] * stride_gd, mask=mask, other=0.0).to(tl.float32)
-    _store(out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, rows < T, acc, D)
+    store(out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, rows < T, acc, D)
     # +inf where nothing was read, so that the gradient finds no weight there
     lse = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     tl.store(lse_ptr + row, lse, mask=rows < T)
@@ -286,8 +246,8 @@ def decode_kernel(
     """
     piece, kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     members, columns = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    q = _load(q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, members, stride_qh, columns, members < GROUP,
-              D, UPCAST)  # fmt: skip
+    q = load(q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, members, stride_qh, columns, members < GROUP,
+             D, UPCAST)  # fmt: skip
     here = batch * stride_kb + kv_head * stride_kh
     stop = S
     if CAUSAL:
@@ -302,16 +262,16 @@ def decode_kernel(
     row_max = rest - float("inf")
     for first in range(piece * size, tl.minimum((piece + 1) * size, stop), BLOCK_S):
         there = first + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr + here, there, stride_ks, columns, there < stop, D, UPCAST)
-        v = _load(v_ptr + here, there, stride_ks, columns, there < stop, D, UPCAST)
+        k = load(k_ptr + here, there, stride_ks, columns, there < stop, D, UPCAST)
+        v = load(v_ptr + here, there, stride_ks, columns, there < stop, D, UPCAST)
         kinds = tl.where(there < stop, REST, PADDING)
         if kinds_ptr is not None:
             kinds = tl.load(kinds_ptr + batch * S + there, mask=there < stop, other=PADDING).to(tl.int32)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         scores = tl.where((kinds != PADDING)[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        weights = tl.exp2(scores - _finite(new_max)[:, None])
-        shrink = tl.exp2(row_max - _finite(new_max))
+        weights = tl.exp2(scores - finite(new_max)[:, None])
+        shrink = tl.exp2(row_max - finite(new_max))
         row_max = new_max
         part = tl.where((kinds == REST)[None, :], weights, 0.0)
         rest = rest * shrink + tl.sum(part, 1)
@@ -334,9 +294,9 @@ def decode_kernel(
     tl.store(sums + 2, image, mask=kept)
     tl.store(sums + 3, image_sink, mask=kept)
     tl.store(sums + 4, text_sink, mask=kept)
-    _store(part_ptr, row * 3, D, columns, kept, rest_acc, D)
-    _store(part_ptr + D, row * 3, D, columns, kept, image_acc, D)
-    _store(part_ptr + 2 * D, row * 3, D, columns, kept, sink_acc, D)
+    store(part_ptr, row * 3, D, columns, kept, rest_acc, D)
+    store(part_ptr + D, row * 3, D, columns, kept, image_acc, D)
+    store(part_ptr + 2 * D, row * 3, D, columns, kept, sink_acc, D)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -351,7 +311,7 @@ def merge_kernel(
     inside = pieces < splits
     row = (batch * tl.num_programs(0) + head) * splits + pieces
     row_max = tl.load(sums_ptr + row * 5, mask=inside, other=float("-inf"))
-    part = tl.exp2(row_max - _finite(tl.max(row_max, 0)))
+    part = tl.exp2(row_max - finite(tl.max(row_max, 0)))
     rest = tl.sum(tl.load(sums_ptr + row * 5 + 1, mask=inside, other=0.0) * part, 0)
     image = tl.sum(tl.load(sums_ptr + row * 5 + 2, mask=inside, other=0.0) * part, 0)
     image_sink = tl.sum(tl.load(sums_ptr + row * 5 + 3, mask=inside, other=0.0) * part, 0)
@@ -365,9 +325,9 @@ def merge_kernel(
         image_factor *= 1 + tl.maximum(gain, 0.0)
         sink_factor *= tl.where(gain >= 0, 1 - recycle, 1.0)
         tl.store(gain_ptr + batch * tl.num_programs(0) + head, gain)
-    out = tl.sum(_load(part_ptr, row * 3, D, columns, inside, D, False) * (part * inverse)[:, None], 0)
-    out += tl.sum(_load(part_ptr + D, row * 3, D, columns, inside, D, False) * (part * image_factor)[:, None], 0)
-    out += tl.sum(_load(part_ptr + 2 * D, row * 3, D, columns, inside, D, False) * (part * sink_factor)[:, None], 0)
+    out = tl.sum(load(part_ptr, row * 3, D, columns, inside, D, False) * (part * inverse)[:, None], 0)
+    out += tl.sum(load(part_ptr + D, row * 3, D, columns, inside, D, False) * (part * image_factor)[:, None], 0)
+    out += tl.sum(load(part_ptr + 2 * D, row * 3, D, columns, inside, D, False) * (part * sink_factor)[:, None], 0)
     if gate_ptr is not None:
         gates = gate_ptr + batch * stride_gb + head * stride_gh + columns * stride_gd
         out *= tl.load(gates, mask=columns < D, other=0.0).to(tl.float32)
@@ -408,10 +368,10 @@ def queries_kernel(
     batch, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, columns = start + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     inside = rows < T
-    q = _load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, D, UPCAST)
+    q = load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, D, UPCAST)
     here = batch * stride_ob + head * stride_oh
-    out = _load(out_ptr + here, rows, stride_ot, columns, inside, D, UPCAST)
-    d_out = _load(d_out_ptr + here, rows, stride_ot, columns, inside, D, UPCAST)
+    out = load(out_ptr + here, rows, stride_ot, columns, inside, D, UPCAST)
+    d_out = load(d_out_ptr + here, rows, stride_ot, columns, inside, D, UPCAST)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     row = (batch * tl.num_programs(2) + head) * T + rows
     tl.store(delta_ptr + row, delta, mask=inside)
@@ -432,14 +392,14 @@ def queries_kernel(
         keep = (kinds != PADDING)[None, :]
         if CAUSAL:
             keep = keep & (there[None, :] <= (rows + past)[:, None])
-        k = _load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
-        v = _load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        k = load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        v = load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         _, d_scores = _differentiate(scores, d_weights, lse[:, None], delta[:, None], gain[:, None], kinds[None, :],
                                      keep, recycle, gain_ptr is not None)  # fmt: skip
         dq = tl.dot(d_scores.to(k.dtype), k, acc=dq, input_precision=PRECISION)
-    _store(dq_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, dq * scale, D)
+    store(dq_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, dq * scale, D)
 
 
 @triton.jit(do_not_specialize=["T", "S", "past"])
@@ -455,8 +415,8 @@ def keys_kernel(
     batch, kv_head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     there, columns = first + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     here = batch * stride_kb + kv_head * stride_kh
-    k = _load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
-    v = _load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+    k = load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+    v = load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
     kinds = tl.where(there < S, REST, PADDING)
     if kinds_ptr is not None:
         kinds = tl.load(kinds_ptr + batch * S + there, mask=there < S, other=PADDING).to(tl.int32)
@@ -471,8 +431,8 @@ def keys_kernel(
         for start in range(low, T, BLOCK_T):
             rows = start + tl.arange(0, BLOCK_T)
             inside = rows < T
-            q = _load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, D, UPCAST)
-            d_out = _load(d_out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, inside, D, UPCAST)
+            q = load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, D, UPCAST)
+            d_out = load(d_out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, inside, D, UPCAST)
             lse = tl.load(lse_ptr + sums + rows, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + sums + rows, mask=inside, other=0.0)
             gain = delta
@@ -488,8 +448,8 @@ def keys_kernel(
                                                kinds[:, None], keep, recycle, gain_ptr is not None)  # fmt: skip
             dv = tl.dot(weights.to(v.dtype), d_out, acc=dv, input_precision=PRECISION)
             dk = tl.dot(d_scores.to(k.dtype), q, acc=dk, input_precision=PRECISION)
-    _store(dk_ptr + here, there, stride_ks, columns, there < S, dk * scale, D)
-    _store(dv_ptr + here, there, stride_ks, columns, there < S, dv, D)
+    store(dk_ptr + here, there, stride_ks, columns, there < S, dk * scale, D)
+    store(dv_ptr + here, there, stride_ks, columns, there < S, dv, D)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------
@@ -510,7 +470,7 @@ def forward(
     """The output, the logarithm of each row's sum of weights in units of log 2, and each row's gain, -1 for none."""
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     out = q.new_empty(batch, queries, heads, size).transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     tiles, options = _tiles(FORWARD_AMPERE if launch.generation(q.device) == 8 else FORWARD, q)
@@ -522,7 +482,7 @@ def forward(
         lists = _lists(kinds, tiles.keys)
     gates, gate_strides = _gate(gate, out)
     forward_kernel[(triton.cdiv(queries, tiles.queries), batch, heads)](
-        q, k, v, out, lse, gain, _contiguous(kinds), images, gates, place, *lists,
+        q, k, v, out, lse, gain, contiguous(kinds), images, gates, place, *lists,
         *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], *gate_strides, queries, keys, past, scale, *rule,
         GROUP=heads // k.shape[1], CAUSAL=causal, SINKS=SINKS, **options,
     )  # fmt: skip
@@ -536,7 +496,7 @@ def decode(
     """`forward` for one query a row, without the logarithm."""
     batch, heads, _, size = q.shape
     groups, keys = k.shape[1], k.shape[2]
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     out = q.new_empty(batch, heads, 1, size)
     gain = None if images is None else torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device)
     tiles, options = _tiles(DECODE, q)
@@ -545,7 +505,7 @@ def decode(
     part = torch.empty(batch, heads, splits, 3, size, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, heads, splits, 5, dtype=torch.float32, device=q.device)
     decode_kernel[(splits, groups, batch)](
-        q, k, v, part, sums, _contiguous(kinds), place, *q.stride()[:2], *k.stride()[:3], keys, past, splits, scale,
+        q, k, v, part, sums, contiguous(kinds), place, *q.stride()[:2], *k.stride()[:3], keys, past, splits, scale,
         GROUP=heads // groups, CAUSAL=causal, **options,
     )  # fmt: skip
     gates, (gate_b, gate_h, _, gate_d) = _gate(gate, out)
@@ -566,7 +526,7 @@ def gradients(
     groups, keys = k.shape[1], k.shape[2]
     q, k, v, out, d_out = (x.contiguous() for x in (q, k, v, out, d_out))
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    kinds, gain = _contiguous(kinds), _contiguous(gain)
+    kinds, gain = contiguous(kinds), contiguous(gain)
     numbers = (*q.stride()[:3], *k.stride()[:3], *out.stride()[:3], queries, keys, past, scale, recycle)
     constants = dict(GROUP=heads // groups, CAUSAL=causal)
     tiles, options = _tiles(QUERIES, q)
@@ -598,25 +558,10 @@ def _gate(gate: Tensor | None, out: Tensor) -> tuple[Tensor | None, tuple[int, .
     return wide, wide.stride()
 
 
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the kernels read them: columns side by side, and keys and values laid out alike."""
-    alike = all(x.stride(-1) == 1 and x.stride() == tensors[-1].stride() for x in tensors[1:])
-    return tuple(x if x.stride(-1) == 1 and (alike or not i) else x.contiguous() for i, x in enumerate(tensors))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _tiles(table: dict[tuple[int, int], Tiles], q: Tensor) -> tuple[Tiles, dict[str, Any]]:
     """The tiles for this dtype and head size, and the constants and launch settings that follow."""
-    size, bits = q.shape[-1], 8 * q.element_size()
-    block = max(16, triton.next_power_of_2(size))
-    tiles = next(tiles for (of, most), tiles in table.items() if of == bits and block <= most)
-    return tiles, dict(
-        D=size, BLOCK_D=block, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, PRECISION=launch.precision(bits),
-        UPCAST=interpreted() and bits == 16, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+    tiles = chosen(table, q)
+    return tiles, options_of(tiles, q)
 
 
 # ---- what the static check compiles ------------------------------------------------------------------------

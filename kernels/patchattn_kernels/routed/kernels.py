@@ -8,7 +8,7 @@ sorted it reads hardly more keys than a tile of neighbours would. Tiles beyond t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,18 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..dispatch import interpreted
 from ..static import Compile
-
-
-class Tiles(NamedTuple):
-    """How many queries and keys a program holds at a time, and how it is launched."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
+from ..tiles import (
+    Tiles,
+    empty_rows,
+    fold,
+    fold_sinks,
+    join,
+    leave,
+    load,
+    options_of,
+    rows_of,
+    scores_of,
+    store,
+    uncapped,
+)
 
 # By bits of a number. Float32 is multiplied in three parts, which keeps its precision.
 FORWARD = {16: Tiles(128, 64, 8, 3), 32: Tiles(16, 32, 4, 1)}
@@ -38,42 +41,6 @@ KEYS = {16: Tiles(32, 64, 8, 2), 32: Tiles(16, 16, 4, 1)}
 
 
 # ---- what the kernels share --------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load(ptr, rows, stride, columns, row_mask, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of a matrix whose columns lie side by side; zeros where there is none."""
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tile = tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tile.to(tl.float32) if UPCAST else tile
-
-
-@triton.jit
-def _store(ptr, rows, stride, columns, row_mask, values, D: tl.constexpr):
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """`q @ k.T`, scaled and capped, in units of log 2."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        twice = tl.exp2(scores * (2 * LOG2E * scale / softcap))
-        return softcap * LOG2E * (1 - 2 / (twice + 1))  # tanh
-    return scores * (scale * LOG2E)
-
-
-@triton.jit
-def _fold(acc, row_max, row_sum, scores, v, PRECISION: tl.constexpr):
-    """One tile of scores, -inf where masked, and its values into the running softmax."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    safe = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has read nothing so far
-    shares = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(row_max - safe)
-    acc = tl.dot(shares.to(v.dtype), v, acc=acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum * shrink + tl.sum(shares, 1)
 
 
 @triton.jit
@@ -130,36 +97,32 @@ def forward_kernel(
     start = _start(starts_ptr, batch)
     low, high, free, end = _reach(token, inside, start, T, S, CAUSAL, BLOCK_S)
     columns = tl.arange(0, BLOCK_D)
-    q = _load(q_ptr + batch * stride_qb + head * stride_qh, token, stride_qt, columns, inside, D, UPCAST)
+    q = load(q_ptr + batch * stride_qb + head * stride_qh, token, stride_qt, columns, inside, D, UPCAST)
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_T], tl.float32)
-    row_max = row_sum - float("inf")
-    if sinks_ptr is not None:  # a logit that takes weight and gives no value
-        row_max = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634 + tl.zeros([BLOCK_T], tl.float32)
-        row_sum += 1
+    row_max, row_sum = empty_rows(sinks_ptr, head, BLOCK_T)
 
     here = batch * stride_kb + head // GROUP * stride_kh
     for index in range(0, free - low + high - end):
         tile = tl.where(index < free - low, low + index, end + index - (free - low))
         there = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
-        v = _load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        k = load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        v = load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
         keep = inside[:, None] & ((there >= start) & (there < S))[None, :]
         if CAUSAL:
             keep &= there[None, :] <= token[:, None] + (S - T)
-        scores = tl.where(keep, _scores(q, k, scale, softcap, SOFTCAP, PRECISION), float("-inf"))
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        scores = tl.where(keep, scores_of(q, k, scale, softcap, SOFTCAP, PRECISION), float("-inf"))
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
     for tile in range(free, end):
         there = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
-        v = _load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
-        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        k = load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        v = load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
 
     row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # lanes beyond the end of the list
     weight = tl.load(weights_ptr + row * T + token, mask=inside, other=0.0)
     out = acc * (weight / row_sum)[:, None]
-    _store(out_ptr + batch * stride_ob + head * stride_oh, token, stride_ot, columns, inside, out, D)
+    store(out_ptr + batch * stride_ob + head * stride_oh, token, stride_ot, columns, inside, out, D)
     tl.store(lse_ptr + row * T + token, row_max + tl.log2(row_sum), mask=inside)
 
 
@@ -185,7 +148,7 @@ def decode_kernel(
     start = _start(starts_ptr, batch)
     if (tl.max(chosen.to(tl.int32), 0) == 0) | (start >= S):
         return
-    q = _load(q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, members, stride_qh, columns, chosen, D, UPCAST)
+    q = load(q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, members, stride_qh, columns, chosen, D, UPCAST)
     size = tl.cdiv(tl.cdiv(S, splits), BLOCK_S) * BLOCK_S
     low, high = tl.program_id(0) * size, tl.minimum((tl.program_id(0) + 1) * size, S)
     here = batch * stride_kb + kv_head * stride_kh
@@ -194,24 +157,19 @@ def decode_kernel(
     row_max = row_sum - float("inf")
     for first in range(tl.maximum(low, start // BLOCK_S * BLOCK_S), high, BLOCK_S):
         there = first + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr + here, there, stride_ks, columns, there < high, D, UPCAST)
-        v = _load(v_ptr + here, there, stride_ks, columns, there < high, D, UPCAST)
-        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        k = load(k_ptr + here, there, stride_ks, columns, there < high, D, UPCAST)
+        v = load(v_ptr + here, there, stride_ks, columns, there < high, D, UPCAST)
+        scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
         scores = tl.where(((there >= start) & (there < high))[None, :], scores, float("-inf"))
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
     if part_ptr is not None:
-        part = ((batch * tl.num_programs(2) + kv_head) * splits + tl.program_id(0)) * GROUP
-        _store(part_ptr + part * D, members, D, columns, chosen, acc, D)
-        tl.store(sums_ptr + (part + members) * 2, row_max, mask=chosen)
-        tl.store(sums_ptr + (part + members) * 2 + 1, row_sum, mask=chosen)
+        parts = ((batch * tl.num_programs(2) + kv_head) * splits + tl.program_id(0)) * GROUP + members
+        leave(part_ptr, sums_ptr, parts, columns, chosen, acc, row_max, row_sum, D)
     else:
         if sinks_ptr is not None:
-            logit = tl.load(sinks_ptr + heads, mask=chosen, other=0.0).to(tl.float32) * 1.4426950408889634
-            new_max = tl.maximum(row_max, logit)
-            acc *= tl.exp2(row_max - new_max)[:, None]
-            row_sum = row_sum * tl.exp2(row_max - new_max) + tl.exp2(logit - new_max)
+            acc, row_sum = fold_sinks(acc, row_max, row_sum, sinks_ptr, heads, chosen)
         out = acc * (weight / row_sum)[:, None]
-        _store(out_ptr + batch * stride_ob + kv_head * GROUP * stride_oh, members, stride_oh, columns, chosen, out, D)
+        store(out_ptr + batch * stride_ob + kv_head * GROUP * stride_oh, members, stride_oh, columns, chosen, out, D)
 
 
 @triton.jit(do_not_specialize=["S", "splits"])
@@ -227,18 +185,8 @@ def merge_kernel(
     pieces, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     kv_head = batch * (tl.num_programs(0) // GROUP) + head // GROUP
     parts = (kv_head * splits + pieces) * GROUP + head % GROUP
-    row_max = tl.load(sums_ptr + parts * 2, mask=pieces < splits, other=float("-inf"))
-    row_sum = tl.load(sums_ptr + parts * 2 + 1, mask=pieces < splits, other=0.0)
-    acc = _load(part_ptr, parts, D, columns, pieces < splits, D, False)
-    top = tl.max(row_max, 0)
-    if sinks_ptr is not None:
-        logit = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        top = tl.maximum(top, logit)
-    factor = tl.exp2(row_max - top)
-    total = tl.sum(row_sum * factor, 0)
-    if sinks_ptr is not None:
-        total += tl.exp2(logit - top)
-    out = tl.sum(acc * factor[:, None], 0) * (weight / total)
+    acc, total, _top = join(part_ptr, sums_ptr, parts, columns, pieces < splits, sinks_ptr, head, D)
+    out = acc * (weight / total)
     tl.store(
         out_ptr + batch * stride_ob + head * stride_oh + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D
     )
@@ -255,14 +203,10 @@ def _differentiate(
 
     All transposed if q and k, v and d_out are swapped.
     """
-    scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
     shares = tl.where(keep, tl.exp2(scores - lse), 0.0)
     brought = shares * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) * weight)
-    d_scores = brought - shares * delta
-    if SOFTCAP:
-        capped = scores / (softcap * 1.4426950408889634)
-        d_scores *= 1 - capped * capped
-    return shares, brought, d_scores
+    return shares, brought, uncapped(brought - shares * delta, scores, softcap, SOFTCAP)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -285,10 +229,10 @@ def queries_kernel(
     start = _start(starts_ptr, batch)
     low, high, _free, _end = _reach(token, inside, start, T, S, CAUSAL, BLOCK_S)
     columns = tl.arange(0, BLOCK_D)
-    q = _load(q_ptr + batch * stride_qb + head * stride_qh, token, stride_qt, columns, inside, D, UPCAST)
+    q = load(q_ptr + batch * stride_qb + head * stride_qh, token, stride_qt, columns, inside, D, UPCAST)
     mine = batch * stride_ob + head * stride_oh
-    out = _load(out_ptr + mine, token, stride_ot, columns, inside, D, UPCAST)
-    d_out = _load(d_out_ptr + mine, token, stride_ot, columns, inside, D, UPCAST)
+    out = load(out_ptr + mine, token, stride_ot, columns, inside, D, UPCAST)
+    d_out = load(d_out_ptr + mine, token, stride_ot, columns, inside, D, UPCAST)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     weight = tl.load(weights_ptr + row * T + token, mask=inside, other=0.0)
     lse = tl.load(lse_ptr + row * T + token, mask=inside, other=float("inf"))
@@ -298,8 +242,8 @@ def queries_kernel(
     exact = tl.zeros([BLOCK_T], tl.float32)
     for tile in range(low, high):
         there = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
-        v = _load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        k = load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+        v = load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
         keep = inside[:, None] & ((there >= start) & (there < S))[None, :]
         if CAUSAL:
             keep &= there[None, :] <= token[:, None] + (S - T)
@@ -309,7 +253,7 @@ def queries_kernel(
         dq = tl.dot(d_scores.to(k.dtype), k, acc=dq, input_precision=PRECISION)
         exact += tl.sum(brought, 1)
     tl.store(delta_ptr + row * T + token, exact, mask=inside)
-    _store(dq_ptr + mine, token, stride_ot, columns, inside, dq * scale, D)
+    store(dq_ptr + mine, token, stride_ot, columns, inside, dq * scale, D)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -326,8 +270,8 @@ def keys_kernel(
     start = _start(starts_ptr, batch)
     there, columns = first + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     here = batch * stride_kb + kv_head * stride_kh
-    k = _load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
-    v = _load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+    k = load(k_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
+    v = load(v_ptr + here, there, stride_ks, columns, there < S, D, UPCAST)
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for member in range(0, GROUP):
@@ -344,10 +288,8 @@ def keys_kernel(
             lanes = index + tl.arange(0, BLOCK_T)
             inside = lanes < count
             token = tl.load(tokens_ptr + row * T + lanes, mask=inside, other=0)
-            q = _load(q_ptr + batch * stride_qb + head * stride_qh, token, stride_qt, columns, inside, D, UPCAST)
-            d_out = _load(
-                d_out_ptr + batch * stride_ob + head * stride_oh, token, stride_ot, columns, inside, D, UPCAST
-            )
+            q = load(q_ptr + batch * stride_qb + head * stride_qh, token, stride_qt, columns, inside, D, UPCAST)
+            d_out = load(d_out_ptr + batch * stride_ob + head * stride_oh, token, stride_ot, columns, inside, D, UPCAST)
             lse = tl.load(lse_ptr + row * T + token, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + row * T + token, mask=inside, other=0.0)
             weight = tl.load(weights_ptr + row * T + token, mask=inside, other=0.0)
@@ -360,8 +302,8 @@ def keys_kernel(
             dv = tl.dot((shares * weight[None, :]).to(v.dtype), d_out, acc=dv, input_precision=PRECISION)
             dk = tl.dot(d_scores.to(k.dtype), q, acc=dk, input_precision=PRECISION)
     here = batch * stride_gb + kv_head * stride_gh
-    _store(dk_ptr + here, there, stride_gs, columns, there < S, dk * scale, D)
-    _store(dv_ptr + here, there, stride_gs, columns, there < S, dv, D)
+    store(dk_ptr + here, there, stride_gs, columns, there < S, dk * scale, D)
+    store(dv_ptr + here, there, stride_gs, columns, there < S, dv, D)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------
@@ -385,7 +327,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`[B, H, T, D]`, and the logarithm of each pair's sum of weights, in units of log 2; only of what is computed."""
     batch, heads, length, size = q.shape
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     weights, starts = _as_read(weights, starts)
     tokens, upto = lists(weights, starts, k.shape[2])
     out = q.new_zeros(batch, length, heads, size).transpose(1, 2)
@@ -404,7 +346,7 @@ def decode(
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     (batch, heads, _, size), (groups, keys) = q.shape, k.shape[1:3]
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     weights, starts = _as_read(weights, starts)
     out = q.new_zeros(batch, heads, 1, size)
     tiles, options = _tiles(DECODE, q)
@@ -432,7 +374,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, and `sum(out * d_out)` of each pair, 0 where nothing is computed."""
     batch, heads, length, _ = q.shape
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     out, d_out = out.contiguous(), d_out.contiguous()
     weights, starts = _as_read(weights, starts)
     tokens, upto = lists(weights, starts, k.shape[2])
@@ -453,26 +395,14 @@ def gradients(
     return dq, dk, dv, delta
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors as the kernels read them: columns side by side, and keys and values laid out alike."""
-    if k.stride() != v.stride() or k.stride(-1) != 1:
-        k, v = k.contiguous(), v.contiguous()
-    return q if q.stride(-1) == 1 else q.contiguous(), k, v
-
-
 def _as_read(weights: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return weights.float().contiguous(), None if starts is None else starts.int().clamp(min=0)
 
 
 def _tiles(table: dict[int, Tiles], q: Tensor) -> tuple[Tiles, dict[str, Any]]:
     """The tiles for this dtype, and the constants and launch settings that follow."""
-    size, bits = q.shape[-1], 8 * q.element_size()
-    tiles = table[bits]
-    return tiles, dict(
-        D=size, BLOCK_D=max(16, triton.next_power_of_2(size)), BLOCK_T=tiles.queries, BLOCK_S=tiles.keys,
-        PRECISION=launch.precision(bits), UPCAST=interpreted() and bits == 16, num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )  # fmt: skip
+    tiles = table[8 * q.element_size()]
+    return tiles, options_of(tiles, q)
 
 
 # ---- what the static check compiles ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,19 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..dispatch import interpreted
 from ..static import Compile
+from ..tiles import (
+    Tiles,
+    chosen,
+    contiguous,
+    differentiate,
+    empty_rows,
+    fold,
+    fold_sinks,
+    join,
+    leave,
+    load,
+    options_of,
+    rows_of,
+    scores_of,
+    store,
+)
 from .reference import EVERYTHING, Tier
-
-
-class Tiles(NamedTuple):
-    """How many queries and keys a program holds at a time, and how it is launched."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
 
 # By (bits of a number, largest head size). Float32 is multiplied in three parts, which keeps its precision.
 PREFILL = {(16, 128): Tiles(128, 64, 8, 3), (16, 256): Tiles(64, 32, 8, 2), (32, 128): Tiles(16, 32, 4, 1)}
@@ -44,45 +49,9 @@ FAR_QUERIES = 1024  # of those that read a sink from afar, as many as one progra
 
 
 @triton.jit
-def _load(ptr, rows, stride, columns, row_mask, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of a matrix whose columns lie side by side; zeros where there is none."""
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tile = tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tile.to(tl.float32) if UPCAST else tile
-
-
-@triton.jit
-def _store(ptr, rows, stride, columns, row_mask, values, D: tl.constexpr):
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """`q @ k.T`, scaled and capped, in units of log 2."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        twice = tl.exp2(scores * (2 * LOG2E * scale / softcap))
-        return softcap * LOG2E * (1 - 2 / (twice + 1))  # tanh
-    return scores * (scale * LOG2E)
-
-
-@triton.jit
 def _visible(i, j, sink, recent):
     """The rule of reference.py on the ranks of queries i and keys j; negative ranks are padding."""
     return (j >= 0) & (j <= i) & ((j < sink) | (i - j < recent))
-
-
-@triton.jit
-def _fold(acc, row_max, row_sum, scores, v, PRECISION: tl.constexpr):
-    """One tile of scores, -inf where masked, and its values into the running softmax."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    safe = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has read nothing so far
-    weights = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(row_max - safe)
-    acc = tl.dot(weights.to(v.dtype), v, acc=acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -128,13 +97,9 @@ def prefill_kernel(
         pad, last_rank = tl.load(pads_ptr + batch).to(tl.int32), tl.load(rank_ptr + (batch + 1) * T - 1).to(tl.int32)
     rows, columns = start + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     query_rank = tl.where((rows >= pad) & (rows < T), rows + (last_rank - T + 1), -1)
-    q = _load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, rows < T, D, UPCAST)
+    q = load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, rows < T, D, UPCAST)
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_T], tl.float32)
-    row_max = row_sum - float("inf")
-    if sinks_ptr is not None:  # a logit that takes weight and gives no value
-        row_max = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634 + tl.zeros([BLOCK_T], tl.float32)
-        row_sum += 1
+    row_max, row_sum = empty_rows(sinks_ptr, head, BLOCK_T)
 
     if past_k_ptr is not None:
         if not is_full:
@@ -147,13 +112,13 @@ def prefill_kernel(
                 key_rank = tl.load(past_rank_ptr + batch * P + there, mask=there < P, other=-1).to(tl.int32)
                 wanted = (key_rank >= 0) & ((key_rank < sink) | (key_rank > oldest))
                 if tl.max(wanted.to(tl.int32), 0) > 0:
-                    k = _load(past_k, there, stride_ps, columns, there < P, D, UPCAST)
-                    v = _load(past_v, there, stride_ps, columns, there < P, D, UPCAST)
-                    scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+                    k = load(past_k, there, stride_ps, columns, there < P, D, UPCAST)
+                    v = load(past_v, there, stride_ps, columns, there < P, D, UPCAST)
+                    scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
                     scores = tl.where(
                         _visible(query_rank[:, None], key_rank[None, :], sink, recent), scores, float("-inf")
                     )
-                    acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+                    acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
 
     # The keys of this call, or for full heads of the whole cache; query t is key t + shift.
     k_base, v_base = k_ptr + batch * stride_kb + kv_head * stride_kh, v_ptr + batch * stride_kb + kv_head * stride_kh
@@ -183,21 +148,21 @@ def prefill_kernel(
             ranked = there < tl.where(is_full, keys, 0)
             given = tl.load(full_rank_ptr + batch * S + there, mask=ranked, other=-1).to(tl.int32)
             key_rank = tl.where(is_full, given, key_rank)
-        k = _load(k_base, there, stride_s, columns, there < keys, D, UPCAST)
-        v = _load(v_base, there, stride_s, columns, there < keys, D, UPCAST)
-        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        k = load(k_base, there, stride_s, columns, there < keys, D, UPCAST)
+        v = load(v_base, there, stride_s, columns, there < keys, D, UPCAST)
+        scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
         scores = tl.where(_visible(query_rank[:, None], key_rank[None, :], sink, recent), scores, float("-inf"))
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
     for tile in range(d, e):
         there = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        k = _load(k_base, there, stride_s, columns, there < keys, D, UPCAST)
-        v = _load(v_base, there, stride_s, columns, there < keys, D, UPCAST)
-        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        k = load(k_base, there, stride_s, columns, there < keys, D, UPCAST)
+        v = load(v_base, there, stride_s, columns, there < keys, D, UPCAST)
+        scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
 
     real = (query_rank >= 0) & (row_sum > 0)
     out = tl.where(real[:, None], acc / tl.where(real, row_sum, 1.0)[:, None], 0.0)
-    _store(out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, rows < T, out, D)
+    store(out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, rows < T, out, D)
     # +inf where nothing was read, so that the gradient finds no weight there
     lse = tl.where(real, row_max + tl.log2(tl.where(real, row_sum, 1.0)), float("inf"))
     tl.store(lse_ptr + (batch * tl.num_programs(2) + head) * T + rows, lse, mask=rows < T)
@@ -226,8 +191,8 @@ def decode_kernel(
     kv_head = tl.load(order_ptr + place).to(tl.int64)
     members, columns = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + members
-    q = _load(q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, members, stride_qh, columns, members < GROUP,
-              D, UPCAST)  # fmt: skip
+    q = load(q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, members, stride_qh, columns, members < GROUP,
+             D, UPCAST)  # fmt: skip
     query_rank = EVERYTHING
     if rank_ptr is not None:
         query_rank = tl.load(rank_ptr + batch).to(tl.int32)
@@ -263,27 +228,22 @@ def decode_kernel(
             key_rank = tl.where(is_full, key_rank, given)
         keep = (key_rank >= 0) & (key_rank <= query_rank)
         keep &= (key_rank < sink) | (query_rank - key_rank < recent)
-        k = _load(k_base, there, stride_s, columns, inside, D, UPCAST)
-        v = _load(v_base, there, stride_s, columns, inside, D, UPCAST)
-        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        k = load(k_base, there, stride_s, columns, inside, D, UPCAST)
+        v = load(v_base, there, stride_s, columns, inside, D, UPCAST)
+        scores = scores_of(q, k, scale, softcap, SOFTCAP, PRECISION)
         scores = tl.where(keep[None, :], scores, float("-inf"))
-        acc, row_max, row_sum = _fold(acc, row_max, row_sum, scores, v, PRECISION)
+        acc, row_max, row_sum = fold(acc, row_max, row_sum, scores, v, PRECISION)
 
     inside = members < GROUP
     if part_ptr is not None:
         pieced = members < tl.where(is_full, GROUP, 0)
-        part = (batch * full_heads * splits + piece) * GROUP
-        _store(part_ptr + part * D, members, D, columns, pieced, acc, D)
-        tl.store(sums_ptr + (part + members) * 2, row_max, mask=pieced)
-        tl.store(sums_ptr + (part + members) * 2 + 1, row_sum, mask=pieced)
+        parts = (batch * full_heads * splits + piece) * GROUP + members
+        leave(part_ptr, sums_ptr, parts, columns, pieced, acc, row_max, row_sum, D)
         inside = members < tl.where(is_full, 0, GROUP)
     if sinks_ptr is not None:
-        logit = tl.load(sinks_ptr + heads, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-        new_max = tl.maximum(row_max, logit)
-        acc *= tl.exp2(row_max - new_max)[:, None]
-        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.exp2(logit - new_max)
+        acc, row_sum = fold_sinks(acc, row_max, row_sum, sinks_ptr, heads, inside)
     out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    _store(out_ptr + batch * stride_ob + kv_head * GROUP * stride_oh, members, stride_oh, columns, inside, out, D)
+    store(out_ptr + batch * stride_ob + kv_head * GROUP * stride_oh, members, stride_oh, columns, inside, out, D)
 
 
 @triton.jit(do_not_specialize=["full_heads", "splits"])
@@ -298,37 +258,14 @@ def merge_kernel(
     head = tl.load(order_ptr + place).to(tl.int64) * GROUP + member
     pieces, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     parts = ((batch * full_heads + place) * splits + pieces) * GROUP + member
-    row_max = tl.load(sums_ptr + parts * 2, mask=pieces < splits, other=float("-inf"))
-    row_sum = tl.load(sums_ptr + parts * 2 + 1, mask=pieces < splits, other=0.0)
-    acc = _load(part_ptr, parts, D, columns, pieces < splits, D, False)
-    top = tl.max(row_max, 0)
-    if sinks_ptr is not None:
-        logit = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        top = tl.maximum(top, logit)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    factor = tl.exp2(row_max - safe)
-    total = tl.sum(row_sum * factor, 0)
-    if sinks_ptr is not None:
-        total += tl.exp2(logit - safe)
-    out = tl.sum(acc * factor[:, None], 0) / tl.where(total > 0, total, 1.0)
+    acc, total, _top = join(part_ptr, sums_ptr, parts, columns, pieces < splits, sinks_ptr, head, D)
+    out = acc / tl.where(total > 0, total, 1.0)
     tl.store(
         out_ptr + batch * stride_ob + head * stride_oh + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D
     )
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _differentiate(q, k, v, d_out, lse, delta, keep, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Weights of a tile and gradient of its scores before the scale; transposed if q, k and v, d_out are swapped."""
-    scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-    weights = tl.where(keep, tl.exp2(scores - lse), 0.0)
-    d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta)
-    if SOFTCAP:
-        capped = scores / (softcap * 1.4426950408889634)
-        d_scores *= 1 - capped * capped
-    return weights, d_scores
 
 
 @triton.jit(do_not_specialize=["T", "full_heads", "sink", "recent"])
@@ -353,10 +290,10 @@ def queries_kernel(
     offset = last_rank - T + 1
     rows, columns = start + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     query_rank = tl.where((rows >= pad) & (rows < T), rows + offset, -1)
-    q = _load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, rows < T, D, UPCAST)
+    q = load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, rows < T, D, UPCAST)
     here = batch * stride_ob + head * stride_oh
-    out = _load(out_ptr + here, rows, stride_ot, columns, rows < T, D, UPCAST)
-    d_out = _load(d_out_ptr + here, rows, stride_ot, columns, rows < T, D, UPCAST)
+    out = load(out_ptr + here, rows, stride_ot, columns, rows < T, D, UPCAST)
+    d_out = load(d_out_ptr + here, rows, stride_ot, columns, rows < T, D, UPCAST)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     row = (batch * tl.num_programs(2) + head) * T + rows
     tl.store(delta_ptr + row, delta, mask=rows < T)
@@ -369,14 +306,14 @@ def queries_kernel(
     for index in range(0, sinks + c - b):
         there = tl.where(index < sinks, a + index, b + index - sinks) * BLOCK_S + tl.arange(0, BLOCK_S)
         key_rank = tl.where((there >= pad) & (there < T), there + offset, -1)
-        k = _load(k_base, there, stride_ks, columns, there < T, D, UPCAST)
-        v = _load(v_base, there, stride_ks, columns, there < T, D, UPCAST)
+        k = load(k_base, there, stride_ks, columns, there < T, D, UPCAST)
+        v = load(v_base, there, stride_ks, columns, there < T, D, UPCAST)
         keep = _visible(query_rank[:, None], key_rank[None, :], sink, recent)
-        _, d_scores = _differentiate(
+        _, d_scores = differentiate(
             q, k, v, d_out, lse[:, None], delta[:, None], keep, scale, softcap, SOFTCAP, PRECISION
         )
         dq = tl.dot(d_scores.to(k.dtype), k, acc=dq, input_precision=PRECISION)
-    _store(dq_ptr + here, rows, stride_ot, columns, rows < T, dq * scale, D)
+    store(dq_ptr + here, rows, stride_ot, columns, rows < T, dq * scale, D)
 
 
 @triton.jit(do_not_specialize=["T", "full_heads", "sink", "recent", "chunks"])
@@ -417,8 +354,8 @@ def keys_kernel(
     there, columns = first + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     key_rank = tl.where((there >= pad) & (there < T), there + offset, -1)
     here = batch * stride_kb + kv_head * stride_kh
-    k = _load(k_ptr + here, there, stride_ks, columns, there < T, D, UPCAST)
-    v = _load(v_ptr + here, there, stride_ks, columns, there < T, D, UPCAST)
+    k = load(k_ptr + here, there, stride_ks, columns, there < T, D, UPCAST)
+    v = load(v_ptr + here, there, stride_ks, columns, there < T, D, UPCAST)
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for member in range(0, GROUP):
@@ -427,27 +364,27 @@ def keys_kernel(
         for start in range(low, high, BLOCK_T):
             rows = start + tl.arange(0, BLOCK_T)
             inside = rows < high
-            q = _load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, D, UPCAST)
-            d_out = _load(d_out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, inside, D, UPCAST)
+            q = load(q_ptr + batch * stride_qb + head * stride_qh, rows, stride_qt, columns, inside, D, UPCAST)
+            d_out = load(d_out_ptr + batch * stride_ob + head * stride_oh, rows, stride_ot, columns, inside, D, UPCAST)
             lse = tl.load(lse_ptr + sums + rows, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + sums + rows, mask=inside, other=0.0)
             query_rank = tl.where((rows >= pad) & inside, rows + offset, -1)
             keep = _visible(query_rank[None, :], key_rank[:, None], sink, recent)
-            weights, d_scores = _differentiate(
+            weights, d_scores = differentiate(
                 k, q, d_out, v, lse[None, :], delta[None, :], keep, scale, softcap, SOFTCAP, PRECISION
             )  # [keys, queries], so that neither is turned over before the next product
             dv = tl.dot(weights.to(v.dtype), d_out, acc=dv, input_precision=PRECISION)
             dk = tl.dot(d_scores.to(k.dtype), q, acc=dk, input_precision=PRECISION)
     if number < 0:
         here = batch * stride_gb + kv_head * stride_gh
-        _store(dk_ptr + here, there, stride_gs, columns, there < T, dk * scale, D)
-        _store(dv_ptr + here, there, stride_gs, columns, there < T, dv, D)
+        store(dk_ptr + here, there, stride_gs, columns, there < T, dk * scale, D)
+        store(dv_ptr + here, there, stride_gs, columns, there < T, dv, D)
     elif far_ptr is not None:
         count = tl.num_programs(0) - tiles
         part = far_ptr + ((batch * tl.num_programs(2) + kv_head) * count + number) * 2 * BLOCK_S * D
         own = tl.arange(0, BLOCK_S)
-        _store(part, own, D, columns, own < BLOCK_S, dk * scale, D)
-        _store(part + BLOCK_S * D, own, D, columns, own < BLOCK_S, dv, D)
+        store(part, own, D, columns, own < BLOCK_S, dk * scale, D)
+        store(part + BLOCK_S * D, own, D, columns, own < BLOCK_S, dv, D)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------
@@ -459,7 +396,7 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`[B, H, T, D]`, and the logarithm of each row's sum of weights, in units of log 2."""
     batch, heads, length, size = q.shape
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     full_k, full_v, full_rank, full_strides = _tier(full)
     past_k, past_v, past_rank, past_strides = _tier(past)
     pads = None if rank is None else (rank < 0).sum(dim=1, dtype=torch.int32)
@@ -472,7 +409,7 @@ def prefill(
     tiles, options = _tiles(PREFILL_AMPERE if launch.generation(q.device) == 8 else PREFILL, q)
     grid = (triton.cdiv(length, tiles.queries), batch, heads)
     prefill_kernel[grid](
-        q, k, v, out, lse, _order(tuple(full_heads), q.device), _contiguous(rank), pads, sinks,
+        q, k, v, out, lse, _order(tuple(full_heads), q.device), contiguous(rank), pads, sinks,
         full_k, full_v, full_rank, ends, past_k, past_v, past_rank,
         *q.stride()[:3], *k.stride()[:3], *full_strides, *past_strides, *out.stride()[:3],
         length, length if full is None else full.keys.shape[2], 0 if past is None else past.keys.shape[2],
@@ -487,7 +424,7 @@ def decode(
     sink: int, recent: int, scale: float, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     batch, heads, _, size = q.shape
-    (q,) = _rows(q)
+    (q,) = rows_of(q)
     full_k, full_v, full_rank, full_strides = _tier(full)
     kept_k, kept_v, kept_rank, kept_strides = _tier(kept)
     out = q.new_empty(batch, heads, 1, size)
@@ -504,7 +441,7 @@ def decode(
     sizes = dict(GROUP=group, D=size, BLOCK_D=options["BLOCK_D"])
     absent = q  # any pointer
     decode_kernel[(whole * splits + len(full_heads) - whole, batch)](
-        q, out, part, sums, order, _contiguous(rank), sinks,
+        q, out, part, sums, order, contiguous(rank), sinks,
         absent if full_k is None else full_k, absent if full_v is None else full_v, full_rank,
         absent if kept_k is None else kept_k, absent if kept_v is None else kept_v, kept_rank,
         *q.stride()[:2], *full_strides, *kept_strides, *out.stride()[:2],
@@ -525,12 +462,12 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, and `sum(out * d_out)` of each row. No tiers: a cache has no gradient."""
     batch, heads, length, size = q.shape
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows_of(q, k, v)
     out, d_out = out.contiguous(), d_out.contiguous()
     pads = None if rank is None else (rank < 0).sum(dim=1, dtype=torch.int32)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = torch.empty_like(lse)
-    order, rank = _order(tuple(full_heads), q.device), _contiguous(rank)
+    order, rank = _order(tuple(full_heads), q.device), contiguous(rank)
     whole, cap = sum(full_heads), softcap or 1.0
     sides = (*q.stride()[:3], *k.stride()[:3], *out.stride()[:3])
     tiles, options = _tiles(QUERIES, q)
@@ -563,35 +500,19 @@ def gradients(
     return dq, dk, dv, delta
 
 
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the kernels read them: columns side by side, and keys and values laid out alike."""
-    alike = all(x.stride(-1) == 1 and x.stride() == tensors[-1].stride() for x in tensors[1:])
-    return tuple(x if x.stride(-1) == 1 and (alike or not i) else x.contiguous() for i, x in enumerate(tensors))
-
-
 def _tier(tier: Tier | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[int, ...]]:
     if tier is None:
         return None, None, None, (0, 0, 0)
     k, v = tier.keys, tier.values
     if k.stride() != v.stride() or k.stride(-1) != 1:
         k, v = k.contiguous(), v.contiguous()
-    return k, v, _contiguous(tier.rank), k.stride()[:3]
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return k, v, contiguous(tier.rank), k.stride()[:3]
 
 
 def _tiles(table: dict[tuple[int, int], Tiles], q: Tensor) -> tuple[Tiles, dict[str, Any]]:
     """The tiles for this dtype and head size, and the constants and launch settings that follow."""
-    size, bits = q.shape[-1], 8 * q.element_size()
-    block = max(16, triton.next_power_of_2(size))
-    tiles = table[bits, 128 if block <= 128 else 256]
-    return tiles, dict(
-        D=size, BLOCK_D=block, BLOCK_T=tiles.queries, BLOCK_S=tiles.keys, EVERYTHING=EVERYTHING,
-        PRECISION=launch.precision(bits), UPCAST=interpreted() and bits == 16, num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )  # fmt: skip
+    tiles = chosen(table, q)
+    return tiles, options_of(tiles, q) | dict(EVERYTHING=EVERYTHING)
 
 
 @functools.lru_cache(maxsize=256)
