@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,17 +322,21 @@ def convert(
 
     Exit codes: 130 or 143 after SIGINT or SIGTERM, 3 when the recipe's budget of hours is spent.
     """
-    from .train.recipe import load_recipe
-
-    checked = load_recipe(recipe, overrides or ())
-    from .train.convert import Stopped
-    from .train.convert import convert as run
-
     try:
-        outcome = run(checked, say=lambda line: print(line, file=sys.stderr))
-    except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        raise typer.Exit(BUDGET_SPENT if stopped.signal is None else 128 + stopped.signal) from stopped
+        from .train.recipe import load_recipe
+
+        checked = load_recipe(recipe, overrides or ())
+        from .train.convert import Stopped
+        from .train.convert import convert as run
+
+        try:
+            outcome = run(checked, say=lambda line: print(line, file=sys.stderr))
+        except Stopped as stopped:
+            print(f"stopped: {stopped}", file=sys.stderr)
+            raise typer.Exit(BUDGET_SPENT if stopped.signal is None else 128 + stopped.signal) from stopped
+    except KeyboardInterrupt as interrupt:  # while libraries are read, before the run listens to signals
+        print("stopped: interrupted by SIGINT before anything was done; the same command starts again", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from interrupt
     from accelerate import PartialState
 
     from .train.convert import summary

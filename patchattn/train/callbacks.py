@@ -38,12 +38,16 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM ends a training after its step, with a checkpoint; the second at once."""
+        """Inside, the first SIGINT or SIGTERM ends a training after its step, with a checkpoint; the second at once.
+
+        So does the first outside a training.
+        """
 
         def handle(number: int, frame: Any) -> None:
-            if not self.training or self.signal is not None:
-                raise KeyboardInterrupt
+            at_once = not self.training or self.signal is not None
             self.signal = number
+            if at_once:
+                raise KeyboardInterrupt
 
         try:
             before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

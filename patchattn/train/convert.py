@@ -60,7 +60,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> O
         say: called with a line for people at each step on the way.
 
     Raises:
-        Stopped: after SIGINT, SIGTERM or a spent budget, once a checkpoint is written.
+        Stopped: after SIGINT, SIGTERM or a spent budget, once a checkpoint is written; before the first step at once.
     """
     return _Conversion(recipe, say).run()
 
@@ -83,13 +83,22 @@ class _Conversion:
             self.say(f"{self.folder} is finished; name another output to run it again")
             return Outcome(self.folder, report)
         with self.stop.listening():
-            self._open(len(report["stages"]))
-            self._try_data()
-            for index in range(len(report["stages"]), len(self.recipe.stages)):
-                if self._train(index):
-                    self._open(index + 1)
-            report = self._finish()
+            try:
+                self._open(len(report["stages"]))
+                self._try_data()
+                for index in range(len(report["stages"]), len(self.recipe.stages)):
+                    if self._train(index):
+                        self._open(index + 1)
+                report = self._finish()
+            except KeyboardInterrupt as interrupt:
+                raise Stopped(self._interrupted(), self.stop.signal) from interrupt
         return Outcome(self.folder, report)
+
+    def _interrupted(self) -> str:
+        """Where a signal ended the run at once, not after a step."""
+        if self._holds_nothing():
+            return f"{self.stop.reason} before there was anything to keep; the same command starts again"
+        return f"{self.stop.reason} without a new checkpoint; the same command goes on from the last"
 
     # ---- the folder ----------------------------------------------------------------------------------------
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import patchattn
+from patchattn.cli import app
 from patchattn.train import trainer as trainer_module
 from patchattn.train.callbacks import StopCallback, read_metrics
-from patchattn.train.convert import Stopped, convert
+from patchattn.train.convert import Stopped, _Conversion, convert
 from patchattn.train.recipe import load_recipe
 from patchattn.train.schema import TokenizerSpec
 from patchattn.train.tokenizer import train_tokenizer
@@ -255,6 +256,35 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(
     (folder,) = (tmp_path / "out/training").glob(f"{stage}-*")
     assert last_checkpoint(folder) == folder / f"checkpoint-{step}"
     assert signal.getsignal(signal.SIGINT) is handler
+    run(values, tmp_path)
+    same_result(tmp_path / "out", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [("_claim_folder", signal.SIGINT), ("_open", signal.SIGTERM), ("_data", signal.SIGINT), ("_data", signal.SIGTERM)],
+)
+def test_a_signal_before_the_first_step_says_that_the_same_command_starts_again(
+    where: str, number: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    file = tmp_path / "recipe-in.yaml"
+    file.write_text(yaml.safe_dump(recipe_of(base, tmp_path / "out", STAGES)))
+    monkeypatch.setattr(_Conversion, where, lambda *args: os.kill(os.getpid(), number))
+    assert app(["convert", str(file)], standalone_mode=False) == 128 + number
+    said = capsys.readouterr().err
+    assert f"stopped: interrupted by {signal.Signals(number).name} before" in said
+    assert "the same command starts again" in said
+
+
+def test_a_second_signal_ends_a_training_at_once_and_the_same_command_goes_on_from_the_last_checkpoint(
+    base: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    values = recipe_of(base, tmp_path / "out", STAGES)
+    with monkeypatch.context() as patching:
+        for _ in range(2):
+            Interrupt(patching, "stage-1", 5, signal.SIGINT)
+        with pytest.raises(Stopped, match="interrupted by SIGINT without a new checkpoint; the same command goes on"):
+            run(values, tmp_path)
     run(values, tmp_path)
     same_result(tmp_path / "out", uninterrupted)
 
