@@ -1,13 +1,16 @@
-"""`patchattn eval`: tasks of lm-eval on a model with a patch; `patchattn tasks`: the tasks and suites that ship."""
+"""`patchattn eval`: tasks of lm-eval on a model with a patch; `patchattn tasks`: the tasks and suites that ship;
+`patchattn bench`: time and memory."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .terminal import Json, examples, one_line, show
+from .terminal import FAILED, Json, examples, one_line, show
 
 app = typer.Typer()
 
@@ -133,6 +136,70 @@ def list_tasks(
     show(None, False, suites)
 
 
+@app.command(
+    epilog=examples(
+        "patchattn bench lab-llama --patch 'duo_attention:heads=0;recent=124' --patch dense",
+        "patchattn bench Qwen/Qwen3-0.6B --patch my-patch --lengths 4096,16384 --batches 1,4 --output bench.json",
+    )
+)
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub repository.", show_default=False)],
+    patch: Annotated[
+        list[str],
+        typer.Option(help="Folder, repository, or name:key=value;key=value. May be given again.", show_default=False),
+    ],
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts, with commas between.")] = "512,2048",
+    batches: Annotated[str, typer.Option(help="Rows of the prompts, likewise.")] = "1",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens decoded after each prompt.")] = 16,
+    rounds: Annotated[int, typer.Option(min=2, help="How often each side is timed.")] = 7,
+    warmup: Annotated[int, typer.Option(min=0, help="How often it runs before.")] = 2,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write the numbers there as JSON.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's repository.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Allow code from the model's repository.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of MODEL as it is and with each patch: prompts, single tokens, cache, peak; checked first.
+
+    All are timed in one process, in turn; × base is the median of the ratios round by round, with quartiles.
+    """
+    import sys
+
+    from .cli import _load
+    from .evaluate.patches import read_patch
+
+    sizes = {"--lengths": _numbers(lengths, "--lengths"), "--batches": _numbers(batches, "--batches")}
+    for given in patch:
+        try:
+            read_patch(given)
+        except (ValueError, TypeError) as error:
+            raise typer.BadParameter(one_line(error), param_hint="--patch") from error
+    from .environment import default_device
+    from .evaluate.speed import bench as run
+
+    loaded = _load(model, dtype, device or default_device(), revision, trust_remote_code)
+    report = run(loaded, patch, lengths=sizes["--lengths"], batches=sizes["--batches"], tokens=tokens, rounds=rounds,
+                 warmup=warmup, say=lambda line: print(line, file=sys.stderr))  # fmt: skip
+    if output is not None:
+        Path(output).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    show(report.to_dict(), as_json, report)
+    if not report.passed:
+        raise typer.Exit(FAILED)
+
+
+def _numbers(text: str, hint: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{text!r} is not numbers of at least 1 with commas between", param_hint=hint)
+    return found
+
+
 def _patch(
     method: list[str] | None, plan: str | None, layers: str | None, patch: str | None, arguments: dict[str, Any]
 ) -> Any:
@@ -159,8 +226,6 @@ def _patch(
 
 def _pairs(text: str | None, hint: str) -> dict[str, Any]:
     """`key=value,key=value` as a dictionary; JSON does as well."""
-    import json
-
     if not text:
         return {}
     if text.lstrip().startswith("{"):

@@ -54,6 +54,15 @@ def _devices(torch: Any) -> list[str]:
     return found
 
 
+def default_device() -> str:
+    """The accelerator, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def machine() -> dict[str, str]:
     """What numbers are measured on, and with which versions."""
     import torch

@@ -9,12 +9,11 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-import torch
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 
 from .. import lab
-from ..environment import machine
+from ..environment import default_device, machine
 from ..living import patch_parameters, plan_of
 from ..record import patch_of
 from .patches import read_patch
@@ -73,9 +72,3 @@ class PatchattnLM(_Patched, HFLM):
 
 class PatchattnMultimodalLM(_Patched, HFMultimodalLM):
     """`--model patchattn-multimodal`: a vision-language model, on tasks with images and on such without."""
-
-
-def default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -136,6 +136,9 @@ def questions(
     chosen = as_list(DEPTHS if depths is None else depths) if has_depth else [None]
     options |= {"tokenizer": tokenizer, "seed": TASK_SEED + task_seed}
     made = {depth: kind(**options, **({} if depth is None else {"depth": depth})) for depth in chosen}
+    if isinstance(first := made[chosen[0]], Haystack):
+        for other in made.values():
+            other.__dict__["haystack"] = first.haystack  # the same for all, and slow to cut into tokens
     rows = []
     for index in range(samples):
         for length in as_list(lengths):

@@ -120,7 +120,7 @@ def evaluate(
         raise ValueError(f"lm-eval's model {chosen!r} takes no patch; leave it out, or use the model patchattn")
     if isinstance(model, str):
         from .. import lab
-        from .models import default_device
+        from ..environment import default_device
 
         arguments = {"pretrained": lab.resolve(model), **arguments}
         handed, lm, device = arguments, chosen, device or default_device()

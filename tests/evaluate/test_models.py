@@ -20,6 +20,7 @@ from patchattn import lab
 from patchattn.evaluate import evaluate
 from patchattn.evaluate.models import PatchattnLM
 from patchattn.loading import load_model, load_tokenizer
+from patchattn.method import builtin_names, method_class
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "assets"
@@ -161,6 +162,30 @@ def test_perplexity_of_a_pretrained_checkpoint_is_what_plain_transformers_comput
         lm = PatchattnLM(str(folder), patch=patch, dtype="float32", batch_size=4, device="cpu")
         (found,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
         assert math.exp(-found / len(ids)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return lab.load("lab-llama")
+
+
+@pytest.mark.parametrize("name", [name for name in builtin_names() if name != "var"])
+def test_a_batch_scores_and_writes_what_single_questions_do(llama, name):
+    method = method_class(name)
+    if method.chooses:
+        pytest.skip("it compares scores, which rounding may turn")
+    lengths = (40, 90, 61, 77)
+    texts = [("The bakers open their doors. " * 40)[: length * 3] for length in lengths]
+    asked = [Instance("loglikelihood", {}, (text, " and the river runs"), n) for n, text in enumerate(texts)]
+    written = [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 6}), 0) for text in texts]
+    patchattn.patch(llama, method(**method.example))
+    try:
+        alone, together = (PatchattnLM(llama, batch_size=size, tokenizer=str(lab.path("lab-llama"))) for size in (1, 4))
+        single, batch = alone.loglikelihood(asked), together.loglikelihood(asked)
+        assert [likelihood for likelihood, _ in batch] == pytest.approx([one for one, _ in single], rel=1e-4)
+        assert together.generate_until(written) == alone.generate_until(written)
+    finally:
+        patchattn.unpatch(llama)
 
 
 # ---- models of images and text -----------------------------------------------------------------------------
