@@ -68,7 +68,7 @@ def test_a_whole_patched_checkpoint_is_a_model_like_any_other_to_lm_evals_own(tm
     patchattn.patch(model, "duo_attention:heads=0,sink=2,recent=30")
     model.save_pretrained(tmp_path / "whole")
     load_tokenizer("lab-llama").save_pretrained(tmp_path / "whole")
-    tasks = ["recall_passkey", "text_by_position"]
+    tasks = ["text_by_position"]
     own = scores(str(tmp_path / "whole"), tasks, kind="hf").scores()
     assert own == scores(str(tmp_path / "whole"), tasks).scores()
     assert own == scores(tasks=tasks, patch=DUO, model_args={"dtype": "float32"}).scores()
@@ -140,7 +140,7 @@ def test_perplexity_of_a_pretrained_checkpoint_is_what_plain_transformers_comput
     folder = SHARED / "stories15M"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
-    text = (SHARED / "text" / "tinystories_valid_sample.txt").read_text(encoding="utf-8")[:4000]
+    text = (SHARED / "text" / "tinystories_valid_sample.txt").read_text(encoding="utf-8")[:2500]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -174,7 +174,7 @@ def test_a_batch_scores_and_writes_what_single_questions_do(llama, name):
     method = method_class(name)
     if method.chooses:
         pytest.skip("it compares scores, which rounding may turn")
-    lengths = (40, 90, 61, 77)
+    lengths = (40, 90, 61)
     texts = [("The bakers open their doors. " * 40)[: length * 3] for length in lengths]
     asked = [Instance("loglikelihood", {}, (text, " and the river runs"), n) for n, text in enumerate(texts)]
     written = [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 6}), 0) for text in texts]
@@ -222,7 +222,7 @@ def test_a_task_of_images_runs_through_the_harness_multimodal_class(tmp_path):
     pytest.importorskip("sklearn")
     (tmp_path / "digits.py").write_text(DIGITS)
     (tmp_path / "digits.yaml").write_text(DIGITS_TASK)
-    options = {"tasks": ["digits"], "include_path": str(tmp_path), "gen_kwargs": None, "limit": None, "batch_size": 6}
+    options = {"tasks": ["digits"], "include_path": str(tmp_path), "gen_kwargs": None, "limit": 8, "batch_size": 4}
     own = scores("lab-llava", kind="hf-multimodal", **options).scores()
     assert own["digits"]["exact_match"] >= 0.75
     assert scores("lab-llava", patch="dense", **options).scores() == own
