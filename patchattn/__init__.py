@@ -25,8 +25,10 @@ _HOMES = {
     "load": "hub",
     "Method": "method",
     "MethodConfig": "method",
+    "only": "living",
     "patch": "attach",
     "patch_parameters": "living",
+    "profile": "profiling",
     "push": "hub",
     "register": "method",
     "runtime": "method",
@@ -34,7 +36,7 @@ _HOMES = {
     "settings": "living",
     "unpatch": "attach",
 }
-_SUBMODULES = ("duo", "evaluate", "gates", "lab", "testing", "var")
+_SUBMODULES = ("duo", "evaluate", "gates", "lab", "profiling", "testing", "var")
 
 __all__ = [
     "LAWCAT",
@@ -57,8 +59,10 @@ __all__ = [
     "freeze_base",
     "inspect",
     "load",
+    "only",
     "patch",
     "patch_parameters",
+    "profile",
     "push",
     "register",
     "runtime",
@@ -73,7 +77,7 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .hub import load, push, save
     from .inspection import inspect
-    from .living import aux_loss, disabled, freeze_base, patch_parameters, settings
+    from .living import aux_loss, disabled, freeze_base, only, patch_parameters, settings
     from .method import Method, MethodConfig, register, runtime
     from .methods.dense import Dense
     from .methods.duo_attention import DuoAttention
@@ -85,6 +89,7 @@ if TYPE_CHECKING:
     from .methods.seer_attention import SeerAttention
     from .methods.seer_attention_decode import SeerAttentionDecode
     from .methods.var import VAR
+    from .profiling import profile
 
 
 def __getattr__(name: str) -> Any:

@@ -106,11 +106,44 @@ def _nothing_to_patch(root: nn.Module) -> str:
     return f"{text}: {missed[0].name}{more}, a {missed[0].kind}: {missed[0].reason}"
 
 
-def unpatch(model: Model) -> Model:
-    """Take the patch off, in place, and return the model: bit for bit what it was before."""
-    record = record_of(model)
-    _remove(root_of(model), record)
+def unpatch(model: Model, layers: Any = None) -> Model:
+    """Take the patch off, in place, and return the model: bit for bit what it was before.
+
+    Args:
+        layers: of these alone, as for `patch`; on the others it stays as it is, with all that it learned.
+    """
+    record, root = record_of(model), root_of(model)
+    leaving = {site.name for site in record.patched}
+    if layers is not None:
+        leaving &= {site.name for site in select(find_sites(root), layers)}
+        if not leaving:
+            raise ValueError(f"unpatch: none of the layers {layers!r} is patched; patched are "
+                             f"{', '.join(site.name for site in record.patched)}")  # fmt: skip
+    if len(leaving) == len(record.patched):
+        _remove(root, record)
+    else:
+        _thin(root, record, leaving)
     return model
+
+
+def _thin(root: nn.Module, record: Patch, leaving: set[str]) -> None:
+    """Take the methods off some modules of a patch, which are from then on like modules that it never named."""
+    thinned = []
+    for selector, names, methods in record.plan:
+        places = [place for place, name in enumerate(names) if name not in leaving]
+        if len(places) < len(names):
+            methods = [type(method)(method.config.part(places)) for method in methods]
+            selector = ", ".join(names[place] for place in places)
+        if places:
+            thinned.append((selector, [names[place] for place in places], methods))
+    record.plan = thinned
+    for site in [site for site in record.sites if site.name in leaving]:
+        old = attachment_of(site.module)
+        _clear(root, site)
+        if site.family == "diffusers":
+            record.sites.remove(site)
+        else:
+            _hook(site.module, Attachment(site, old.base, old.base_function))
 
 
 def _as_plan(what: Any, layers: Any) -> list[tuple[Any, list[Method], bool]]:
@@ -222,10 +255,7 @@ def _attach(root: nn.Module, site: Site, methods: list[Method]) -> None:
     module = site.module
     base = site.config._attn_implementation or "sdpa"
     attachment = Attachment(site, base, _base_function(module, base))
-    module.__dict__["_patchattn"] = attachment
-    module.register_forward_pre_hook(before_attention, with_kwargs=True)
-    if site.pieces:
-        module.register_forward_hook(after_attention, always_call=True)
+    _hook(module, attachment)
     if not methods:
         return
     attachment.methods = methods
@@ -237,6 +267,13 @@ def _attach(root: nn.Module, site: Site, methods: list[Method]) -> None:
     names = forward_function(module).__code__.co_names
     attachment.splits_rotary = any("rotary_ndims" in name or "rotary_dim" in name for name in names)
     _capture(root, site)
+
+
+def _hook(module: nn.Module, attachment: Attachment) -> None:
+    module.__dict__["_patchattn"] = attachment
+    module.register_forward_pre_hook(before_attention, with_kwargs=True)
+    if attachment.site.pieces:
+        module.register_forward_hook(after_attention, always_call=True)
 
 
 def _capture(root: nn.Module, site: Site) -> None:
@@ -336,30 +373,45 @@ def _with_masks_of(base: str) -> str:
 
 def _remove(root: nn.Module, record: Patch) -> None:
     from .checkpoint import undo_saving
-    from .families import diffusers
 
     for made in record.configs:
         made.put_back()
     for site in record.sites:
-        module = site.module
-        if site.family == "diffusers":
-            diffusers.detach(site)
-        for part in module.modules():  # also what adapters have been wrapped around
-            _drop_hooks(part)
-        if "." in site.name:
-            _drop_hooks(root.get_submodule(site.name.rpartition(".")[0]))
-        module.__dict__.pop("_patchattn", None)
-        module._modules.pop("patchattn", None)
+        _clear(root, site)
     _drop_hooks(root)
     _compat.forget_static_cache(root)
     root.__dict__.pop("_patchattn_patch", None)
     undo_saving(root)
 
 
-def _drop_hooks(module: nn.Module) -> None:
-    """Remove our hooks, recognised by function, so that copies of a patched model can be unpatched too."""
+def _clear(root: nn.Module, site: Site) -> None:
+    """Leave no trace of a patch on this module."""
+    from .families import diffusers
+
+    module = site.module
+    attachment = module.__dict__.get("_patchattn")
+    if site.family == "diffusers":
+        diffusers.detach(site)
+    for part in module.modules():  # also what adapters have been wrapped around
+        _drop_hooks(part)
+    if "." in site.name:
+        _drop_hooks(root.get_submodule(site.name.rpartition(".")[0]), attachment)
+    module.__dict__.pop("_patchattn", None)
+    module._modules.pop("patchattn", None)
+
+
+def _drop_hooks(module: nn.Module, attachment: Attachment | None = None) -> None:
+    """Remove our hooks, recognised by function, so that copies of a patched model can be unpatched too.
+
+    Args:
+        attachment: not those that note something for another one than this.
+    """
     for table in (module._forward_pre_hooks, module._forward_hooks):
-        ours = [key for key, hook in table.items() if getattr(hook, "_patchattn_hook", False)]
+        ours = [
+            key for key, hook in table.items()
+            if getattr(hook, "_patchattn_hook", False)
+            and (attachment is None or getattr(hook, "attachment", attachment) is attachment)
+        ]  # fmt: skip
         for key in ours:
             del table[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .attach import own_state
 from .method import Method, describe
 from .record import attachment_of, record_of, root_of
+from .sites import select
 
 if TYPE_CHECKING:
     from .context import AttentionContext
@@ -40,6 +41,29 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             config._attn_implementation_internal = implementation
         for site in record.sites:
             attachment_of(site.module).enabled = before[site.name]
+
+
+@contextlib.contextmanager
+def only(model: nn.Module, layers: Any) -> Iterator[nn.Module]:
+    """Inside this block the patch is on some of its layers alone; the others run what they ran before it.
+
+    Args:
+        layers: as for `patch`; an empty list for none. Caches are not shared with the model outside of the block.
+    """
+    record = record_of(model)
+    chosen = {site.name for site in select(record.sites, layers)}
+    patched = record.patched
+    if chosen and not any(site.name in chosen for site in patched):
+        raise ValueError(f"only: none of the layers {layers!r} is patched; patched are {patched[0].name}, ...")
+    off = [attachment_of(site.module) for site in patched if site.name not in chosen]
+    before = [(attachment.methods, attachment.raw) for attachment in off]
+    for attachment in off:
+        attachment.methods, attachment.raw = [], False
+    try:
+        yield model
+    finally:
+        for attachment, (methods, raw) in zip(off, before):
+            attachment.methods, attachment.raw = methods, raw
 
 
 @contextlib.contextmanager

@@ -55,6 +55,10 @@ class MethodConfig:
         """The config with everything filled in that takes a run of the model; called by `patch` after `resolve`."""
         return self
 
+    def part(self, places: Sequence[int]) -> MethodConfig:
+        """The config for some of the layers that it was resolved for, by their places among them."""
+        return self
+
     def _require(self, condition: bool, field: str, allowed: str) -> None:
         if not condition:
             raise ValueError(f"{_owner(type(self))}: {field} is {getattr(self, field)!r}; it must be {allowed}")

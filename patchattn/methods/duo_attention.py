@@ -124,6 +124,9 @@ class DuoAttention(Method):
                 rows = binarise(rows, self.share)
             return self.replace(heads=rows, share=None)
 
+        def part(self, places: Sequence[int]) -> MethodConfig:
+            return self.replace(heads=[self.heads[place] for place in places])
+
     config: Config
 
     @classmethod

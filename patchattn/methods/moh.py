@@ -128,6 +128,10 @@ class MoH(Method):
                 self.counts(site, order)
             return self
 
+        def part(self, places: Sequence[int]) -> MethodConfig:
+            lists = {name: value for name in ("shared", "top_k") if isinstance(value := getattr(self, name), list)}
+            return self.replace(**{name: [value[place] for place in places] for name, value in lists.items()})
+
         def counts(self, site: Site, order: int) -> tuple[int, int]:
             """How many heads of the `order`-th layer patched are shared, and how many routed ones are on."""
             heads, unit = site.heads, site.heads // site.kv_heads if self.route == "kv_group" else 1
