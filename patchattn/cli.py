@@ -263,6 +263,115 @@ def patch(
 
 
 @app.command(
+    epilog=examples(
+        "patchattn profile my-model -m hedgehog:window=32 --data text.txt --task passkey -o profile.json",
+        "patchattn profile my-conversion --task mqar:pairs=8 --length 1024 -o profile.json",
+        "patchattn profile my-model --patch my-patch --data texts/ -o profile.json --json",
+    )
+)
+def profile(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The JSON file to write; what stands there already is kept.", show_default=False
+        ),
+    ],
+    method: Methods = None,
+    plan: Plan = None,
+    layers: Layers = None,
+    saved: Annotated[
+        str | None, typer.Option("--patch", help="Folder or repository of a saved patch, instead of methods.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text to measure on: a file, a folder of .txt files, or a glob.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Generated task to measure on, as passkey or mqar:pairs=8; may be repeated."),
+    ] = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a row.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the text, and of each task.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 4,
+    way: Annotated[
+        list[str] | None, typer.Option(help="alone (patch each layer alone) or without (all but it); default: both.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Model whose predictions count; default: MODEL without its patch.")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what patching each layer of MODEL costs, on text and on tasks of recall. The same command goes on."""
+    what = _what(method, plan, layers)
+    if saved is not None and what is not None:
+        raise typer.BadParameter("give either methods or a saved patch", param_hint="--patch")
+    if not data and not task:
+        raise typer.BadParameter("name a text with --data or a task with --task", param_hint="--data")
+    from . import load as load_patch
+    from . import profiling
+    from .lab.text import read_texts
+    from .loading import load_tokenizer
+
+    loaded = _load(model, dtype, device, revision, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code, revision)
+    if tokenizer is None:
+        raise FileNotFoundError(f"there is no tokenizer at {model!r}, which text is to be read with")
+    chosen: dict[str, Any] = {}
+    with _wrong_usage("--task"):
+        for text in task or ():
+            name, _, settings = text.partition(":")
+            options = dict(part.split("=", 1) for part in settings.split(",")) if settings else {}
+            values = {key: json.loads(value) for key, value in options.items()}
+            chosen[text] = profiling.task_rows(tokenizer, name, length=length, rows=rows, batch=batch, **values)
+    if data:
+        texts = read_texts(data)
+        chosen["text"] = profiling.text_rows(tokenizer, texts, length=length, rows=rows, batch=batch)
+    if saved is not None:
+        load_patch(loaded, saved)
+    found = profiling.profile(
+        loaded, what, chosen, layers=layers, ways=way or profiling.WAYS, file=output,
+        reference=None if reference is None else _load(reference, dtype, device, None, trust_remote_code),
+        say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    show(found.to_dict(), as_json, found)
+
+
+@app.command(
+    "plan",
+    epilog=examples(
+        "patchattn plan profile.json --budget 0.5",
+        "patchattn plan profile.json --budget 0.3 --of cache --on passkey -o plan.json",
+        "patchattn patch my-model --plan plan.json -o my-patch",
+    ),
+)
+def make_plan(
+    file: Annotated[Path, typer.Argument(metavar="PROFILE", help="What `profile` wrote.", show_default=False)],
+    budget: Annotated[float, typer.Option(help="Share that may stay as it was, from 0 to 1.", show_default=False)],
+    of: Annotated[str, typer.Option(help="Of what: layers, or cache (the unpatched model's bytes).")] = "layers",
+    by: Annotated[str, typer.Option(help="What is to be kept: divergence, loss or right (answers).")] = "divergence",
+    on: Annotated[list[str] | None, typer.Option(help="Which rows of the profile count; default: all.")] = None,
+    way: Annotated[str | None, typer.Option(help="alone or without; default: both.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan there, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Propose which layers stay as they were within a budget, and which are patched."""
+    from .profiling import load_profile
+
+    found = load_profile(file)
+    with _wrong_usage("--budget"):
+        options: dict[str, Any] = dict(of=of, by=by, on=on or None, way=way)
+        kept, plan = [layer.name for layer in found.kept(budget, **options)], found.plan(budget, **options)
+    if output is not None:
+        output.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    lines = [f"stays as it was: {', '.join(kept) or 'no layer'}", json.dumps(plan)]
+    show({"kept": kept, "plan": plan}, as_json, "\n".join(lines))
+
+
+@app.command(
     epilog=examples("patchattn push my-patch me/my-patch --dry-run", "patchattn push my-patch me/my-patch --private")
 )
 def push(
