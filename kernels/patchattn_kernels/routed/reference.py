@@ -40,11 +40,10 @@ def routed_reference(
         keys, values = (x[b, g, first:].to(_wide(q)) for x in (k, v))
         queries = q[b, head, token].to(_wide(q)) * scale
         place = token + (k.shape[2] - length - first)
-        found = torch.cat([
-            _shares(queries[some], keys[:end], place[some], sinks, head[some], causal, softcap)[0] @ values[:end]
-            for some, end in _blocks(place, len(keys), causal)
-        ])  # fmt: skip
-        out[b, head, token] = (found * weights[b, head, token, None].to(_wide(q))).to(q.dtype)
+        for some, end in _blocks(place, len(keys), causal):
+            pairs = b, head[some], token[some]
+            shares, _ = _shares(queries[some], keys[:end], place[some], sinks, head[some], causal, softcap)
+            out[pairs] = (shares @ values[:end] * weights[pairs][:, None].to(_wide(q))).to(q.dtype)
     return out
 
 
@@ -66,8 +65,11 @@ def _lists(weights: Tensor, starts: Tensor | None, k: Tensor) -> Iterator[tuple[
 
 
 def _blocks(place: Tensor, keys: int, causal: bool) -> Iterator[tuple[slice, int]]:
-    """Pairs that are computed at once, and how many keys they read."""
-    for start in range(0, len(place), PAIRS):
+    """Pairs that are computed at once, and how many keys they read.
+
+    The last come first: those that read the most, so that the memory of each will do for the next.
+    """
+    for start in reversed(range(0, len(place), PAIRS)):
         some = slice(start, start + PAIRS)
         yield some, int(place[some][-1]) + 1 if causal else keys
 
