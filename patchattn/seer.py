@@ -7,6 +7,7 @@ still growing only these pools are kept, never the keys themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -318,12 +319,24 @@ def passing(scores: Tensor, threshold: float) -> Tensor:
     return scores.softmax(dim=-1) > threshold  # NaN, where there is no candidate, is not
 
 
-def highest(scores: Tensor, most: int | Tensor) -> Tensor:
-    """Where the `most` highest of each row are, the lower index first among equals; -inf is no candidate."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    return (rank < most) & (scores > -torch.inf)
+def highest(scores: Tensor, most: int | Tensor, limit: int | None = None) -> Tensor:
+    """Where the `most` highest of each row are, the lower index first among equals; -inf is no candidate.
+
+    Args:
+        most: one number, or some `[..., 1]`, none of them above `limit`.
+    """
+    size = scores.shape[-1]
+    limit = min(size, most if isinstance(most, int) else size if limit is None else limit)
+    if limit == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    best = scores.topk(limit, dim=-1).values
+    if isinstance(most, int):
+        last = best[..., -1:]
+    else:
+        last = best.gather(-1, (most.long() - 1).clamp(0, limit - 1).expand(*best.shape[:-1], 1))
+    above, equal = scores > last, scores == last
+    left = most - (best > last).sum(dim=-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= left))) & (scores > -torch.inf)
 
 
 def blocks_for(density: float, blocks: Tensor) -> Tensor:
@@ -334,6 +347,11 @@ def blocks_for(density: float, blocks: Tensor) -> Tensor:
     n = blocks.double()
     exact = (2 * n + 1 - ((2 * n + 1).square() - 4 * density * n * (n + 1)).clamp(min=0).sqrt()) / 2
     return exact.round().long().clamp(min=1)
+
+
+def most_blocks_for(density: float, blocks: int) -> int:
+    """No row of a map of up to `blocks` rows keeps more than that by `blocks_for`."""
+    return math.ceil((blocks + 0.5) * (1 - math.sqrt(1 - density))) + 1
 
 
 def mass_caught(target: Tensor, scores: Tensor, density: float) -> Tensor:

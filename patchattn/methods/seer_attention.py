@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..method import register, runtime
-from ..seer import Call, Gate, GateConfig, Notes, blocks_for, highest, names_of, passing, whole_call
+from ..seer import Call, Gate, GateConfig, Notes, blocks_for, highest, most_blocks_for, names_of, passing, whole_call
 
 if TYPE_CHECKING:
     from ..context import AttentionContext
@@ -191,9 +191,11 @@ class SeerAttention(Gate):
             mask = passing(scores, config.threshold)
         elif config.density is not None or config.top_k_blocks is not None:
             most: Any = config.top_k_blocks
+            limit = None
             if config.density is not None:
                 most = blocks_for(config.density, blocks)[:, None, None, None]
-            mask = highest(scores.masked_fill(always & allowed, torch.inf), most)
+                limit = most_blocks_for(config.density, scores.shape[3])
+            mask = highest(scores.masked_fill(always & allowed, torch.inf), most, limit)
         else:
             mask = torch.ones_like(scores, dtype=torch.bool)
         if config.last_block_dense:
