@@ -14,8 +14,6 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     ViTConfig,
@@ -25,6 +23,8 @@ from transformers import (
 import patchattn
 from patchattn.living import patch_parameters, watching
 from patchattn.testing import TEXT
+
+from .tiny import close, in_parts, llama, shaken, tokens
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 SETTINGS = {
@@ -37,36 +37,8 @@ SETTINGS = {
 }
 
 
-def llama(**changes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 2, **changes})).eval()
-
-
 def patched(model=None, **settings):
-    model = patchattn.patch(llama() if model is None else model, patchattn.Hedgehog(**settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in patch_parameters(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
-def tokens(rows=2, length=70):
-    return torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(7))
-
-
-@torch.no_grad()
-def in_parts(model, ids, parts, mask=None):
-    cache, done, logits = DynamicCache(config=model.config), 0, []
-    for part in parts:
-        given = {} if mask is None else {"attention_mask": mask[:, : done + part]}
-        logits.append(model(ids[:, done : done + part], past_key_values=cache, **given).logits)
-        done += part
-    return torch.cat(logits, dim=1), cache
-
-
-def close(ours, wanted, tolerance=1e-5):
-    torch.testing.assert_close(ours, wanted, atol=tolerance, rtol=0)
+    return shaken(patchattn.patch(llama() if model is None else model, patchattn.Hedgehog(**settings)))
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -75,7 +47,7 @@ def test_at_once_in_parts_and_token_by_token_are_the_same(settings):
     model, ids = patched(**settings), tokens(length=151)
     wanted = model(ids, use_cache=False).logits
     for parts in ([151], [3, 60, 1, 1, 29, 57], [130] + [1] * 21, [1] * 151):
-        close(in_parts(model, ids, parts)[0], wanted)
+        close(in_parts(model, ids, parts), wanted)
 
 
 @pytest.mark.parametrize("name", ["sliding", "terraced", "pure"])
@@ -90,7 +62,7 @@ def test_padding_before_a_text_changes_nothing_at_any_positions(name, rotary):
     for given in ({}, {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}):
         close(model(ids, attention_mask=mask, **given).logits[1:, pads:], alone)
     for parts in ([41], [5, 2, 20, 1, 1, 12], [1] * 41):
-        close(in_parts(model, ids, parts, mask)[0][1:, pads:], alone)
+        close(in_parts(model, ids, parts, mask=mask)[1:, pads:], alone)
 
 
 @pytest.mark.parametrize("name", ["sliding", "terraced", "pure"])
@@ -139,7 +111,8 @@ def test_a_cache_takes_as_many_bytes_after_a_long_text_as_after_a_short_one():
         model = patched(**settings, feature_dim=6)
         sizes = set()
         for length in (1, 9, 70):
-            cache = in_parts(model, tokens(length=length), [length])[1]
+            cache = DynamicCache(config=model.config)
+            in_parts(model, tokens(length=length), [length], cache)
             sizes.add(patchattn.cache_bytes(cache))
             assert cache.layers[0].state.shape == (2, heads, 12, 9) and cache.get_seq_length() == length
         assert len(sizes) == 1
@@ -148,7 +121,8 @@ def test_a_cache_takes_as_many_bytes_after_a_long_text_as_after_a_short_one():
 @torch.no_grad()
 def test_states_stay_in_float32_in_a_bfloat16_model():
     model = patched(llama().bfloat16(), window=4)
-    cache = in_parts(model, tokens(), [30, *[1] * 40])[1]
+    cache = DynamicCache(config=model.config)
+    in_parts(model, tokens(), [30, *[1] * 40], cache)
     assert cache.layers[0].state.dtype == torch.float32 and cache.layers[0].recent_keys.dtype == torch.bfloat16
     assert {p.dtype for p in patch_parameters(model).values()} == {torch.bfloat16, torch.float32} - {torch.bfloat16}
 

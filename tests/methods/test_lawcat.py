@@ -8,15 +8,13 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
 
 import patchattn
-from patchattn.living import patch_parameters
-from patchattn.testing import TEXT
+
+from .tiny import close, in_parts, llama, shaken, tokens
 
 SETTINGS = {
     "default": {},
@@ -27,40 +25,12 @@ SETTINGS = {
 }
 
 
-def llama(**changes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 2, **changes})).eval()
-
-
 def patched(model=None, **settings):
-    model = patchattn.patch(llama() if model is None else model, patchattn.LAWCAT(**settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in patch_parameters(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    return shaken(patchattn.patch(llama() if model is None else model, patchattn.LAWCAT(**settings)))
 
 
 def method_of(model):
     return model.model.layers[0].self_attn.patchattn[0]
-
-
-def tokens(rows=2, length=70):
-    return torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(7))
-
-
-@torch.no_grad()
-def in_parts(model, ids, parts, mask=None):
-    cache, done, logits = DynamicCache(config=model.config), 0, []
-    for part in parts:
-        given = {} if mask is None else {"attention_mask": mask[:, : done + part]}
-        logits.append(model(ids[:, done : done + part], past_key_values=cache, **given).logits)
-        done += part
-    return torch.cat(logits, dim=1), cache
-
-
-def close(ours, wanted, tolerance=1e-5):
-    torch.testing.assert_close(ours, wanted, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -69,7 +39,7 @@ def test_at_once_in_parts_and_token_by_token_are_the_same(settings):
     model, ids = patched(**settings), tokens(length=67)
     wanted = model(ids, use_cache=False).logits
     for parts in ([67], [2, 30, 1, 1, 33], [50] + [1] * 17, [1] * 67):
-        close(in_parts(model, ids, parts)[0], wanted)
+        close(in_parts(model, ids, parts), wanted)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -80,7 +50,7 @@ def test_padding_before_a_text_changes_nothing(settings):
     mask[1, :pads] = 0
     alone = model(ids[1:, pads:]).logits
     for parts in ([41], [5, 2, 20, 1, 1, 12], [1] * 41):
-        close(in_parts(model, ids, parts, mask)[0][1:, pads:], alone)
+        close(in_parts(model, ids, parts, mask=mask)[1:, pads:], alone)
 
 
 @pytest.mark.parametrize("name", ["default", "window", "no-convolution", "wide"])
@@ -107,7 +77,8 @@ def test_a_cache_takes_as_many_bytes_after_a_long_text_as_after_a_short_one():
     for settings in ({}, {"window": 5}, {"conv_size": 0}):
         model, sizes = patched(**settings, feature_dim=6), set()
         for length in (1, 9, 70):
-            cache = in_parts(model, tokens(length=length), [length])[1]
+            cache = DynamicCache(config=model.config)
+            in_parts(model, tokens(length=length), [length], cache)
             sizes.add(patchattn.cache_bytes(cache))
             assert cache.layers[0].state.shape == (2, 4, 12, 9) and cache.layers[0].state.dtype == torch.float32
         assert len(sizes) == 1

@@ -12,8 +12,6 @@ from transformers import (
     GlmForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -22,34 +20,13 @@ import patchattn
 from patchattn.methods.longheads import ChunkLayer
 from patchattn.testing import TEXT
 
+from .tiny import close, in_parts, llama, tokens
+
 SMALL = dict(chunk=4, window=20)
-
-
-def llama(**changes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 2, **changes})).eval()
 
 
 def patched(model=None, **settings):
     return patchattn.patch(llama() if model is None else model, patchattn.LongHeads(**{**SMALL, **settings}))
-
-
-def tokens(rows=2, length=70):
-    return torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(7))
-
-
-@torch.no_grad()
-def in_parts(model, ids, parts, cache=None, mask=None):
-    cache, done, logits = cache or DynamicCache(config=model.config), 0, []
-    for part in parts:
-        given = {} if mask is None else {"attention_mask": mask[:, : done + part]}
-        logits.append(model(ids[:, done : done + part], past_key_values=cache, **given).logits)
-        done += part
-    return torch.cat(logits, dim=1)
-
-
-def close(ours, wanted, tolerance=1e-5):
-    torch.testing.assert_close(ours, wanted, atol=tolerance, rtol=0)
 
 
 @torch.no_grad()
