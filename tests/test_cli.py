@@ -16,7 +16,7 @@ from patchattn.method import builtin_names
 
 from .hub_server import HubServer
 
-COMMANDS = ("methods", "inspect", "explain", "patch", "push", "recipes", "env", "demo")
+COMMANDS = ("methods", "inspect", "explain", "patch", "profile", "plan", "push", "recipes", "env", "demo")
 
 
 @pytest.fixture(autouse=True)
