@@ -178,8 +178,9 @@ def forget_after(file: Path, stage: int, step: int) -> None:
 
 
 def last_values(file: Path) -> dict[str, float]:
-    """The last value of everything that was logged, the evaluation's included."""
+    """The last value of everything that the last stage logged, the evaluation's included, but for what it began with."""
     found: dict[str, float] = {}
-    for line in read_metrics(file):
+    lines = [line for line in read_metrics(file) if line["step"] > 0]
+    for line in (line for line in lines if line["stage"] == lines[-1]["stage"]):
         found.update({name: value for name, value in line.items() if isinstance(value, float) and math.isfinite(value)})
     return found

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import patchattn
 from patchattn.cli import app
 from patchattn.train import trainer as trainer_module
-from patchattn.train.callbacks import StopCallback, read_metrics
+from patchattn.train.callbacks import StopCallback, last_values, read_metrics
 from patchattn.train.convert import Stopped, _Conversion, convert
 from patchattn.train.recipe import load_recipe
 from patchattn.train.schema import TokenizerSpec
@@ -469,3 +469,17 @@ def test_rates_make_some_parameters_learn_faster(base: Path, tmp_path: Path):
     for name, distance in moved.items():
         wanted = 1e-2 if ".patchattn." in name else 1e-4  # Adam's first step has the size of the learning rate
         assert distance == pytest.approx(wanted, rel=0.02), name
+
+
+def test_what_a_stage_ended_with_is_not_what_it_or_an_earlier_one_began_with(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [
+        {"stage": 0, "step": 0, "eval_loss": 3.0},
+        {"stage": 0, "step": 5, "loss": 2.5, "eval_loss": 2.0},
+        {"stage": 1, "step": 0, "eval_loss": 2.0},
+        {"stage": 1, "step": 7, "loss": 1.0},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]), encoding="utf-8")
+    assert last_values(file) == {"loss": 2.5, "eval_loss": 2.0}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert last_values(file) == {"loss": 1.0}
