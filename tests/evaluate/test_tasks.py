@@ -192,3 +192,12 @@ def test_suites_of_the_hub_name_tasks_that_lm_eval_has():
         for member in members:
             task = member.get("group") or member["task"]
             assert task.partition("_")[0] in shipped, task
+
+
+@pytest.mark.slow
+def test_suites_consist_of_tasks_that_there_are():
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=[folder()])
+    for name in suites():
+        assert _complete(manager, [f"suite_{name}"]), name
