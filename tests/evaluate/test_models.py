@@ -270,6 +270,7 @@ def test_lm_evals_own_command_line_takes_our_model(tmp_path, monkeypatch, our_ta
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # lm-eval reads all of its tasks
 @pytest.mark.parametrize(
     "start", [["-m", "patchattn.evaluate"], ["-m", "accelerate.commands.launch", "-m", "patchattn.evaluate"]]
 )
@@ -279,6 +280,7 @@ def test_lm_evals_own_command_line_in_a_process_of_its_own(tmp_path, start):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # lm-eval reads all of its tasks
 def test_lm_eval_opens_a_whole_checkpoint_without_us(tmp_path):
     model = lab.load("lab-llama")
     patchattn.patch(model, "duo_attention:heads=0,sink=2,recent=30")
