@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -323,10 +324,8 @@ def profile(
     chosen: dict[str, Any] = {}
     with _wrong_usage("--task"):
         for text in task or ():
-            name, _, settings = text.partition(":")
-            options = dict(part.split("=", 1) for part in settings.split(",")) if settings else {}
-            values = {key: json.loads(value) for key, value in options.items()}
-            chosen[text] = profiling.task_rows(tokenizer, name, length=length, rows=rows, batch=batch, **values)
+            name, options = _generator(text)
+            chosen[text] = profiling.task_rows(tokenizer, name, length=length, rows=rows, batch=batch, **options)
     if data:
         texts = read_texts(data)
         chosen["text"] = profiling.text_rows(tokenizer, texts, length=length, rows=rows, batch=batch)
@@ -500,6 +499,21 @@ def _what(method: list[str] | None, plan: str | None, layers: str | None) -> Any
         if not isinstance(values, dict) or not values:
             raise ValueError('a plan is an object such as {"even": "duo_attention", "odd": "gated_attention"}')
         return {selector: as_methods(item) for selector, item in values.items()}
+
+
+def _generator(text: str) -> tuple[str, dict[str, Any]]:
+    """A generated task and its options, from `name:key=value,key=value`."""
+    name, _, rest = text.partition(":")
+    options = {}
+    for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
+        key, equals, value = part.strip().partition("=")
+        if not equals:
+            raise ValueError(f"task {text!r}: {part!r} is no option; write name:key=value,key=value")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return name, options
 
 
 def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> nn.Module:

@@ -286,7 +286,8 @@ class _Profiling:
             for name, batches in self.rows.items():
                 for place, batch in enumerate(batches):
                     self._measure(name, place, batch, total)
-            if not self.state["bytes"] and self.task.token_level:
+            cached = any(site.cache_index is not None for site in record_of(self.model).patched)
+            if cached and not self.state["bytes"]:
                 self._cache_bytes()
         return _read(self.state, "this profile")
 
@@ -448,7 +449,7 @@ def _fingerprint(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
