@@ -203,10 +203,13 @@ class Hedgehog(Method):
 
     def diagnostics(self, ctx: AttentionContext) -> dict[str, Tensor]:
         """The share of attention on what lies before the window."""
-        _, behind = self._weights(ctx, ctx.q.shape[2])
-        share = behind.sum(dim=-1).mean(dim=1)  # [B, T]
-        rank = self._rank(ctx)
+        share, rank = self.linear_share(ctx), self._rank(ctx)
         return {"linear share": share.mean() if rank is None else share[rank >= 0].mean()}
+
+    def linear_share(self, ctx: AttentionContext) -> Tensor:
+        """The share of each token's attention on what lies before the window, `[B, T]`."""
+        _, behind = self._weights(ctx, ctx.q.shape[2])
+        return behind.sum(dim=-1).mean(dim=1)
 
     def _weights(self, ctx: AttentionContext, last: int) -> tuple[Tensor, Tensor]:
         """Weights by softmax and by features of the first `last` queries of a whole text, `[B, H, last, S]` each."""
