@@ -178,7 +178,7 @@ def forget_after(file: Path, stage: int, step: int) -> None:
 
 
 def last_values(file: Path) -> dict[str, float]:
-    """The last value of everything that the last stage logged, the evaluation's included, but for what it began with."""
+    """The last value of everything the last stage logged, the evaluation's included, but for what it began with."""
     found: dict[str, float] = {}
     lines = [line for line in read_metrics(file) if line["step"] > 0]
     for line in (line for line in lines if line["stage"] == lines[-1]["stage"]):
