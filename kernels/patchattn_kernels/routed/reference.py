@@ -40,10 +40,12 @@ def routed_reference(
         keys, values = (x[b, g, first:].to(_wide(q)) for x in (k, v))
         queries = q[b, head, token].to(_wide(q)) * scale
         place = token + (k.shape[2] - length - first)
-        for some, end in _blocks(place, len(keys), causal):
-            pairs = b, head[some], token[some]
-            shares, _ = _shares(queries[some], keys[:end], place[some], sinks, head[some], causal, softcap)
-            out[pairs] = (shares @ values[:end] * weights[pairs][:, None].to(_wide(q))).to(q.dtype)
+        parts = [
+            _shares(queries[some], keys[:end], place[some], sinks, head[some], causal, softcap)[0] @ values[:end]
+            for some, end in _blocks(place, len(keys), causal)
+        ]
+        found = torch.cat(parts[::-1]) * weights[b, head, token, None].to(_wide(q))
+        out[b, head, token] = found.to(q.dtype)
     return out
 
 
