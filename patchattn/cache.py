@@ -14,7 +14,25 @@ from patchattn_kernels.sink_window import Tier
 from . import _compat
 
 
-class PatchCacheLayer(CacheLayerMixin):
+class Expecting:
+    """A cache layer that only the patched module it belongs to may use."""
+
+    _expected = False
+
+    def expect(self) -> None:
+        """The patched module is about to call `update`."""
+        self._expected = True
+
+    def _require_expected(self) -> None:
+        if not self._expected:
+            raise RuntimeError(
+                f"this cache layer ({type(self).__name__}) belongs to a patched model, but a module without that "
+                "patch used it; start with a new cache after patch, unpatch or disabled"
+            )
+        self._expected = False
+
+
+class PatchCacheLayer(Expecting, CacheLayerMixin):
     """Base of a method's own cache layer.
 
     It reports the *logical* length, all tokens seen, so that positions and the other layers' masks stay right
@@ -40,7 +58,6 @@ class PatchCacheLayer(CacheLayerMixin):
         self.is_compileable = static_length is not None
         self.is_croppable = type(self).is_croppable and static_length is None
         self.seen: Any = self._nothing_seen()
-        self._expected = False
 
     def _nothing_seen(self) -> Any:
         return 0 if self.static_length is None else torch.zeros((), dtype=torch.long)
@@ -53,18 +70,9 @@ class PatchCacheLayer(CacheLayerMixin):
         if isinstance(self.seen, Tensor):
             self.seen = self.seen.to(key_states.device)
 
-    def expect(self) -> None:
-        """The patched module is about to call `update`."""
-        self._expected = True
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Count the new tokens and hand them on; the method stores what it keeps when it has attended."""
-        if not self._expected:
-            raise RuntimeError(
-                f"this cache layer ({type(self).__name__}) belongs to a patched model, but a module without that "
-                "patch used it; start with a new cache after patch, unpatch or disabled"
-            )
-        self._expected = False
+        self._require_expected()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if isinstance(self.seen, Tensor):

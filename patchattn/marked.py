@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .cache import Expecting
 
-class _Marked:
+
+class _Marked(Expecting):
     """Keys and values are kept as they were; the marks follow them through everything that happens to a cache.
 
     Attributes:
@@ -23,19 +25,9 @@ class _Marked:
     marks: Tensor | None = None
     counts: Tensor | None = None
     noteworthy = False
-    _expected = False
-
-    def expect(self) -> None:
-        """The patched module is about to call `update`."""
-        self._expected = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self._expected:
-            raise RuntimeError(
-                f"this cache layer ({type(self).__name__}) belongs to a patched model, but a module without that "
-                "patch used it; start with a new cache after patch, unpatch or disabled"
-            )
-        self._expected = False
+        self._require_expected()
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
 
     def mark(self, new: Tensor, past: Any) -> None:

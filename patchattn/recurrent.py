@@ -12,6 +12,22 @@ from .cache import PatchCacheLayer
 
 if TYPE_CHECKING:
     from .context import AttentionContext
+    from .sites import Site
+
+
+def unlike_features(site: Site) -> str | None:
+    """Why features and a state cannot stand for the softmax of this layer, or None."""
+    if site.position_bias:
+        return "it adds a position bias to the scores, which features do not see"
+    if site.pieces:
+        return "one forward calls the attention several times, which has no one state to go on from"
+    if site.window is not None:
+        return f"this layer already has a sliding window of {site.window} tokens"
+    if getattr(site.module, "sinks", None) is not None:
+        return "it has a learned extra score in its softmax (sinks), which features have no place for"
+    if getattr(site.config, "attn_logit_softcapping", None) is not None:
+        return "it caps its scores (softcap), which features do not see"
+    return None
 
 
 class Tokens:

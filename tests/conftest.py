@@ -20,3 +20,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def same_for_every_test(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it in its workers
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Runs `patchattn` with these arguments; gives exit code, stdout, stderr."""
+    from patchattn import cli
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["patchattn", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return command

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import patchattn
-from patchattn import cli, demo, lab, method
+from patchattn import demo, lab, method
 from patchattn.lab import evaluate
 from patchattn.method import builtin_names
 
@@ -41,24 +41,12 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def run(models, tmp_path, monkeypatch, capsys):
+def run(models, command_line, tmp_path, monkeypatch):
     """Runs a command in an empty folder that has the models beside it; gives exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     for model in models.iterdir():
         (tmp_path / model.name).symlink_to(model)
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["patchattn", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return command
+    return command_line
 
 
 def ids():

@@ -6,28 +6,15 @@ import sys
 
 import pytest
 
-from patchattn import cli
 from patchattn.evaluate import folder
 
 SMALL = "lengths=[128],depths=[0.5],samples=2"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(command_line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["patchattn", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return command
+    return command_line
 
 
 @pytest.mark.parametrize("command", ["eval", "tasks"])

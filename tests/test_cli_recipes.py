@@ -1,5 +1,6 @@
 """`patchattn recipes` shows what ships, copies it, and says what a recipe would do or what is wrong with it."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -33,7 +34,7 @@ BAD = "version: 1\nmodel: {}\ndata: {train: {kind: text, path: a}, lenght: 3}\ns
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(command_line, tmp_path, monkeypatch):
     """Runs a command in a folder with a good and a bad recipe, the good one shipped too; gives code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shipped" / "some").mkdir(parents=True)
@@ -43,19 +44,7 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "good.yaml").write_text(GOOD)
     (tmp_path / "bad.yaml").write_text(BAD)
     monkeypatch.setattr(library, "folder", lambda: tmp_path / "shipped")
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["patchattn", "recipes", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return command
+    return functools.partial(command_line, "recipes")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 from torch.nn import functional
 
 import patchattn
-from patchattn import cli, profiling
+from patchattn import profiling
 from patchattn.loading import load_tokenizer
 from patchattn.profiling import Layer, Profile, Score, load_profile, profile, task_rows, text_rows
 from patchattn.testing import FAMILIES, TEXT, snapshot
@@ -310,20 +309,9 @@ def test_it_prints_a_line_for_each_layer():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(command_line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["patchattn", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return command
+    return command_line
 
 
 def test_commands_profile_a_model_and_make_a_plan_of_it(run, tmp_path):

@@ -32,7 +32,7 @@ from torch.nn import functional
 from patchattn_kernels.linear import FeatureMap, linear, linear_weights, window_tokens
 
 from ..method import Method, MethodConfig, register, runtime
-from ..recurrent import RecurrentLayer, Tokens, rotated
+from ..recurrent import RecurrentLayer, Tokens, rotated, unlike_features
 
 if TYPE_CHECKING:
     from ..context import AttentionContext
@@ -110,16 +110,8 @@ class Hedgehog(Method):
         assert isinstance(config, Hedgehog.Config)
         if not (site.heads and site.kv_heads and site.head_dim):
             return "its number of heads or its head size could not be read from the module"
-        if site.position_bias:
-            return "it adds a position bias to the scores, which features do not see"
-        if site.pieces:
-            return "one forward calls the attention several times, which has no one state to go on from"
-        if site.window is not None:
-            return f"this layer already has a sliding window of {site.window} tokens"
-        if getattr(site.module, "sinks", None) is not None:
-            return "it has a learned extra score in its softmax (sinks), which features have no place for"
-        if getattr(site.config, "attn_logit_softcapping", None) is not None:
-            return "it caps its scores (softcap), which features do not see"
+        if why := unlike_features(site):
+            return why
         if config.skip and (config.feature_dim or _key_size(site) // 2) != _key_size(site):
             return f"with skip=True its feature_dim must be its head size, {_key_size(site)}"
         if not site.causal:

@@ -30,7 +30,7 @@ from torch.nn import functional
 from patchattn_kernels.linear import FeatureMap, causal_conv, linear, window_tokens
 
 from ..method import Method, MethodConfig, register
-from ..recurrent import RecurrentLayer, Tokens, rotated
+from ..recurrent import RecurrentLayer, Tokens, rotated, unlike_features
 
 if TYPE_CHECKING:
     from ..context import AttentionContext
@@ -109,17 +109,7 @@ class LAWCAT(Method):
             return "its number of heads, head size or hidden size could not be read from the module"
         if getattr(site.module, "qk_head_dim", site.head_dim) != site.head_dim:
             return "its keys are of another size than its values"
-        if site.position_bias:
-            return "it adds a position bias to the scores, which features do not see"
-        if site.pieces:
-            return "one forward calls the attention several times, which has no one state to go on from"
-        if site.window is not None:
-            return f"this layer already has a sliding window of {site.window} tokens"
-        if getattr(site.module, "sinks", None) is not None:
-            return "it has a learned extra score in its softmax (sinks), which features have no place for"
-        if getattr(site.config, "attn_logit_softcapping", None) is not None:
-            return "it caps its scores (softcap), which features do not see"
-        return site.cache_problem
+        return unlike_features(site) or site.cache_problem
 
     def build(self, site: Site) -> None:
         config, device = self.config, site.device
