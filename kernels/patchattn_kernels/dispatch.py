@@ -2,7 +2,8 @@
 
 A primitive's public function asks `use_triton("name", q, k, v)` once, after it has checked its arguments. By
 default ("auto") Triton runs on CUDA tensors where it is installed, and torch everywhere else. `backend` and the
-environment variable PATCHATTN_BACKEND choose; "triton" is never replaced by torch in silence.
+environment variable PATCHATTN_BACKEND choose; "triton" is never replaced by torch in silence. A primitive that
+flash-linear-attention has too asks `use_fla` before: on CUDA tensors it is the default where it is installed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 VARIABLE = "PATCHATTN_BACKEND"
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "fla")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
+FLA_INSTALLED = importlib.util.find_spec("fla") is not None
 
 _backend = os.environ.get(VARIABLE, "auto")
 _ran: dict[str, str] | None = None  # where `recording` wants to know what runs
@@ -26,10 +28,11 @@ _ran: dict[str, str] | None = None  # where `recording` wants to know what runs
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every primitive inside the block: "auto", "torch" or "triton".
+    """Choose the implementation of every primitive inside the block: "auto", "torch", "triton" or "fla".
 
-    The choice holds for the whole process, as a compiled graph is guarded by it. "triton" raises where it cannot
-    run. On CPU tensors it needs TRITON_INTERPRET=1, set before triton is first imported: slow, for tests.
+    "fla", flash-linear-attention, is for the primitives that have it; the others run as by default. The choice holds
+    for the whole process, as a compiled graph is guarded by it. "triton" and "fla" raise where they cannot run. On CPU
+    tensors "triton" needs TRITON_INTERPRET=1, set before triton is first imported: slow, for tests.
     """
     global _backend
     _check(name, "backend")
@@ -56,6 +59,31 @@ def use_triton(primitive: str, *tensors: Tensor | None, unsupported: str | None 
     return why_torch is None
 
 
+def use_fla(primitive: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
+    """Whether flash-linear-attention is to compute `primitive`; raises if it must and cannot. Else ask `use_triton`.
+
+    Args:
+        unsupported: what this call asks of the primitive that flash-linear-attention does not have, if anything.
+    """
+    _check(_backend, VARIABLE)
+    if _backend in ("torch", "triton"):
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    why_not = None
+    if given[0].device.type != "cuda":
+        why_not = f"its tensors are on {given[0].device.type}"
+    elif not FLA_INSTALLED:
+        why_not = "flash-linear-attention is not installed"
+    elif unsupported is not None:
+        why_not = f"flash-linear-attention has no {unsupported}"
+    if _backend == "fla" and why_not is not None:
+        raise RuntimeError(f"{primitive}: the backend is 'fla', but {why_not}; "
+                           "choose patchattn_kernels.backend('auto') or 'torch'")  # fmt: skip
+    if why_not is None and _ran is not None and not torch.compiler.is_compiling():
+        _ran[primitive] = "fla"
+    return why_not is None
+
+
 @contextmanager
 def recording(ran: dict[str, str]) -> Iterator[None]:
     """Note in `ran`, by primitive, what the block last ran: "triton", or "torch" with the reason why."""
@@ -72,7 +100,7 @@ def _reason(tensors: list[Tensor], unsupported: str | None) -> str | None:
     if _backend == "torch":
         return "asked for"
     device = tensors[0].device
-    if _backend == "auto" and device.type != "cuda":
+    if _backend in ("auto", "fla") and device.type != "cuda":
         return f"on {device.type}"  # the interpreter has to be asked for
     if unsupported is not None:
         return f"its kernel has no {unsupported}"

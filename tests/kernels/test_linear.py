@@ -174,8 +174,9 @@ def test_a_sequence_may_be_as_long_as_memory_allows():
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
+@pytest.mark.parametrize("implementation", check.available("cpu"))
 @pytest.mark.parametrize("pads", [0, 6])
-def test_the_convolution_is_torchs_and_goes_on_from_its_state(pads):
+def test_the_convolution_is_torchs_and_goes_on_from_its_state(pads, implementation):
     x, weight, bias = random(2, 30, 5), random(5, 4, seed=1), random(5, seed=2)
     rank = (torch.arange(30) - pads).clamp(min=-1).expand(2, -1)
     real = x * (rank >= 0)[..., None]
@@ -184,11 +185,28 @@ def test_the_convolution_is_torchs_and_goes_on_from_its_state(pads):
         outs, state, start = [], None, 0
         for size in sizes:
             part = slice(start, start + size)
-            out, state = causal_conv(x[:, part], weight, bias, state=state, rank=rank[:, part] if pads else None)
+            with backend(implementation):
+                out, state = causal_conv(x[:, part], weight, bias, state=state, rank=rank[:, part] if pads else None)
             outs.append(out)
             start += size
         torch.testing.assert_close(torch.cat(outs, dim=1), wanted)
         assert torch.equal(state, real[:, 27:])
+
+
+@pytest.mark.skipif("triton" not in check.available("cpu"), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("pads", [0, 6])
+def test_triton_differentiates_the_convolution(pads):
+    given = random(2, 40, 70), random(70, 4, seed=1), random(70, seed=2), random(2, 3, 70, seed=3)
+    rank = (torch.arange(40) - pads).clamp(min=-1).expand(2, -1) if pads else None
+    found = {}
+    for name in ("torch", "triton"):
+        x, weight, bias, state = (tensor.clone().requires_grad_() for tensor in given)
+        with backend(name):
+            out, last = causal_conv(x, weight, bias, state=state, rank=rank)
+        loss = (out * random(*out.shape, seed=7)).sum() + (last * random(*last.shape, seed=8)).sum()
+        found[name] = torch.autograd.grad(loss, (x, weight, bias, state))
+    for ours, theirs in zip(found["triton"], found["torch"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
 def test_gradients_hold_in_double_precision():
@@ -271,22 +289,54 @@ def test_the_formula_is_met_as_exactly_as_by_torchs_own_arithmetic(case):
 
 
 @pytest.mark.skipif("triton" not in check.available("cpu"), reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("form", ["pure", "sliding", "terraced", "scalar gate", "vector gate"])
+@pytest.mark.parametrize("form", ["pure", "sliding", "terraced", "scalar gate", "gate over a window"])
 def test_triton_goes_on_from_its_own_state(form):
     options = FORMS[form] | softmax_maps() | {"rank": ranks(0, 5)}
     wanted, wanted_state = in_calls([LENGTH], options)
-    with backend("triton"):
+    with backend("triton"), torch.no_grad():
         found, state = in_calls([40, 1, 12], options)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(state, wanted_state, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif("triton" not in check.available("cpu"), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("form", ["sliding", "terraced", "vector gate"])
+def test_triton_hands_gradients_back_through_a_state(form):
+    """A first call whose state and last tokens the second one reads."""
+    kind = FORMS[form].get("window_kind", "sliding")
+    options = FORMS[form] | softmax_maps()
+    gate = options.pop("gate", None)
+    size, first = (24, 13) if kind == "sliding" else (33, 23)
+    kept = window_tokens(options["window"], kind) if "window" in options else 0
+
+    def run() -> list[Tensor]:
+        given = [x[:1, :, :size].clone().requires_grad_() for x in (*tensors(), *([] if gate is None else [gate]))]
+        q, k, v, *gates = given
+        outs, state = [], None
+        for low, start, stop in ((0, 0, first), (first - kept, first, size)):
+            part = slice(max(0, low), stop)
+            out, state = linear(
+                q[:, :, start:stop], k[:, :, part], v[:, :, part], state=state, rank=torch.arange(size)[None, part],
+                **options, **({"gate": gates[0][:, :, part]} if gates else {}),
+            )  # fmt: skip
+            outs.append(out)
+        out = torch.cat(outs, dim=2)
+        loss = (out * random(*out.shape, seed=7)).sum() + (state * random(*state.shape, seed=8)).sum()
+        return list(torch.autograd.grad(loss, given))
+
+    wanted = run()
+    with backend("triton"):
+        found = run()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif("triton" not in check.available("cpu"), reason="needs TRITON_INTERPRET=1")
 def test_the_operator_is_registered_as_torch_wants_it():
     q, k, v = (x[:1, :, :9].clone().requires_grad_() for x in tensors())
     maps = [found.weight for found in softmax_maps().values()]
-    given = q, k, v, *maps, None, torch.full((HEADS,), 0.3), torch.ones(1), None, None
-    settings = "softmax", 3, False, 0.4, 1.0, True, 1e-12, HEADS
+    given = q, k, v, None, None, *maps, None, None, None, torch.full((HEADS,), 0.3), torch.ones(1), None, None
+    settings = "softmax", 3, False, False, True, 0.4, 1.0, True, 1e-12, HEADS, True
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.patchattn.linear, (*given, *settings), test_utils=checks)
 
@@ -295,12 +345,13 @@ def test_the_operator_is_registered_as_torch_wants_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"causal": False}, "its kernel has no form that reads both directions"),
         ({"q_map": FeatureMap("taylor")}, "its kernel has no features of kind 'taylor'"),
         ({"k_map": FeatureMap("relu")}, "its kernel has no features of different kinds for queries and keys"),
-        ({"window": 3, "overlap": True}, "its kernel has no window with gates"),
+        ({"window": 3, "gate": decays(1)}, "its kernel has no gates for keys behind a window"),
+        ({"q_map": FeatureMap("relu", random(4, 8, 6), skip=True)}, "its kernel has no skip connection around a map"),
+        ({"q": random(2, 4, LENGTH, 256), "k": random(2, 2, LENGTH, 256)}, "its kernel has no heads of size 256"),
     ],
-    ids=["bidirectional", "taylor", "kinds", "overlap"],
+    ids=["taylor", "kinds", "gates", "skip", "size"],
 )
 def test_triton_says_what_it_cannot_do(change, message):
     given: dict[str, Any] = dict(zip("qkv", tensors(), strict=True)) | {"q_map": FeatureMap("elu")} | change

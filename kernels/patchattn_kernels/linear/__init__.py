@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import launch
-from ..dispatch import use_triton
-from . import ops
+from ..dispatch import use_fla, use_triton
+from . import flash_linear, ops
 from .conv import causal_conv
+from .delta import delta_reference
 from .reference import (
     MAPS,
     Call,
@@ -40,6 +41,7 @@ def linear(
     q_map: FeatureMap,
     k_map: FeatureMap | None = None,
     gate: Tensor | None = None,
+    delta: Tensor | None = None,
     window: int = 0,
     window_kind: str = "sliding",
     window_q: Tensor | None = None,
@@ -70,6 +72,9 @@ def linear(
         q_map, k_map: what makes features of queries and keys; k_map None: the same for both.
         gate: the logarithm of each token's decay, 0 or less, `[B, heads, S]` for all features or `[B, heads, S, K]`
             for each, with 1, G or H heads. What came before decays by it, the token itself does not.
+        delta: `[B, heads, T]`, the share of what the state holds for a token's key that its value replaces: the delta
+            rule, for unit keys. It needs normalise=False, no window, and a gate of a number a token if any; the
+            last column of the state is then zero.
         window: tokens that a query reads by softmax, its own included; 0: none.
         window_kind: "sliding": the last `window` tokens; "terraced": the query's block of `window` tokens up to
             itself, and the whole block before.
@@ -97,12 +102,23 @@ def linear(
         overlap=overlap, scale=scale, feature_scale=feature_scale, normalise=normalise, eps=eps, causal=causal,
         rank=rank, past=past, state=state,
     )  # fmt: skip
-    if use_triton("linear", q, k, v, gate, rank, state, unsupported=_unsupported(call, causal)):
-        return ops.forward(
-            call.q, call.k, call.v, call.q_map.weight, call.k_map.weight, call.gate, call.window_factor.flatten(),
-            call.linear_factor.flatten(), state, rank, call.q_map.kind, window, call.reach.terraced, call.scale,
-            feature_scale, normalise, eps, call.state_heads,
+    if delta is not None:
+        _check_delta(call, delta, causal)
+    if use_fla("linear", q, k, v, gate, delta, rank, state, unsupported=flash_linear.unsupported(call, causal, delta)):
+        return flash_linear.flash_linear(call, delta)
+    lacks = "delta rule" if delta is not None else _unsupported(call)
+    if use_triton("linear", q, k, v, gate, delta, rank, state, unsupported=lacks):
+        (q_weight, q_bias), (k_weight, k_bias) = _folded(call.q_map), _folded(call.k_map)
+        near_k = call.window_k if window and call.window_k is not call.k else None
+        out, new_state, *_ = ops.forward(
+            call.q, call.k, call.v, call.window_q if window and call.window_q is not call.q else None, near_k,
+            q_weight, k_weight, q_bias, k_bias, call.gate, call.window_factor.flatten(), call.linear_factor.flatten(),
+            state, rank, call.q_map.kind, window, call.reach.terraced, overlap, causal, call.scale, feature_scale,
+            normalise, eps, call.state_heads, torch.is_grad_enabled(),
         )  # fmt: skip
+        return out, new_state
+    if delta is not None:
+        return delta_reference(call, delta)
     return linear_reference(call) if causal else bidirectional_reference(call)
 
 
@@ -123,30 +139,59 @@ def window_tokens(window: int, window_kind: str = "sliding") -> int:
     return Reach(window, window_kind == "terraced", overlap=False).columns
 
 
-def _unsupported(call: Call, causal: bool) -> str | None:
-    if not causal:
-        return "form that reads both directions"
+def _check_delta(call: Call, delta: Tensor, causal: bool) -> None:
+    wanted = [call.q.shape[0], "heads", call.q.shape[2]]
+    if delta.ndim != 3 or [delta.shape[0], delta.shape[2]] != [wanted[0], wanted[2]]:
+        raise ValueError(f"linear: delta is {list(delta.shape)}; it must be [B, heads, T] = {wanted}")
+    if call.q.shape[1] % delta.shape[1]:
+        raise ValueError(f"linear: {call.q.shape[1]} query heads cannot share {delta.shape[1]} heads of delta evenly")
+    if call.normalise or call.reach.window or not causal:
+        raise ValueError("linear: delta needs normalise=False, window=0 and causal=True")
+    if call.gate is not None and call.gate.shape[-1] > 1:
+        raise ValueError(f"linear: gate holds {call.gate.shape[-1]} decays a token; with delta it must hold one")
+
+
+def _folded(found: FeatureMap) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a map as the kernels take them: what a map skips its weight for is part of the weight."""
+    weight, bias = found.weight, found.bias
+    if found.skip and weight is not None:
+        weight = weight + torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
+    if bias is not None and weight is not None:
+        bias = bias.expand(weight.shape[0], weight.shape[2])
+    return weight, bias
+
+
+def _unsupported(call: Call) -> str | None:
+    """What the kernels do not have."""
+    maps, size = (call.q_map, call.k_map), call.q.shape[-1]
+    mapped = next((found.weight.shape[-1] for found in maps if found.weight is not None), size)
+    gates = 0 if call.gate is None else call.gate.shape[-1]
     if call.q_map.kind != call.k_map.kind:
         return "features of different kinds for queries and keys"
     if call.q_map.kind == "taylor":
         return "features of kind 'taylor'"
-    if any(found.bias is not None or found.skip for found in (call.q_map, call.k_map)):
-        return "maps with a bias or a skip connection"
-    if (call.q_map.weight is None) != (call.k_map.weight is None):
-        return "map for queries or keys alone"
-    if any(found.weight is not None and found.weight.shape[0] != call.q.shape[1] for found in (call.q_map, call.k_map)):
-        return "maps that heads share"
-    if call.reach.window and (call.gate is not None or call.reach.overlap or call.window_k is not call.k
-                              or call.window_q is not call.q):  # fmt: skip
-        return "window with gates, or of other keys than those of the features, or over keys that count twice"
-    gates = 0 if call.gate is None else call.gate.shape[-1]
+    if any(found.weight is None and (found.bias is not None or found.skip) for found in maps):
+        return "bias or skip connection without a weight"
+    if any(found.skip and found.weight is not None and found.weight.shape[1] != mapped for found in maps):
+        return "skip connection around a map to another size"
+    if call.reach.disjoint and gates:
+        return "gates for keys behind a window (they may be read by both: overlap=True)"
     if gates > 1 and call.q.element_size() == 2 and launch.generation(call.q.device) < 9:
         return "decay for every feature on a GPU before compute capability 9.0"
-    mapped = call.q.shape[-1] if call.q_map.weight is None else call.q_map.weight.shape[-1]
-    if max(call.q.shape[-1], call.v.shape[-1]) > 128:
-        return f"heads of size {max(call.q.shape[-1], call.v.shape[-1])}"
-    if mapped > 64:
+    if max(size, call.v.shape[-1]) > 128:
+        return f"heads of size {max(size, call.v.shape[-1])}"
+    narrow = call.q_map.kind in ("softmax", "exp") or any(found.weight is not None for found in maps)
+    most = 64 if narrow or call.q.element_size() == 4 else 128
+    if mapped > most:
         return f"{mapped} features in one half"
+    floats = (call.q, call.k, call.v, call.gate, call.state, call.window_factor, call.linear_factor,
+              *(x for found in maps for x in (found.weight, found.bias)))  # fmt: skip
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    if trained and mapped > 64:
+        return f"gradients of {mapped} features without a map"
+    # More would spill.
+    if trained and call.q.element_size() == 4 and max(size, call.v.shape[-1]) > (32 if gates == 1 else 64):
+        return f"gradients in float32 of heads of size {max(size, call.v.shape[-1])}"
     return None
 
 

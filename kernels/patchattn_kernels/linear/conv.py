@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import use_triton
+from . import ops
+
 
 def causal_conv(
     x: Tensor,
@@ -33,6 +36,11 @@ def causal_conv(
         raise ValueError(f"causal_conv: state is {list(state.shape)}; it must be [B, W - 1, C] = {before}")
     if rank is not None and rank.shape != x.shape[:2]:
         raise ValueError(f"causal_conv: rank is {list(rank.shape)}; it must be [B, T] = {list(x.shape[:2])}")
+    lacks = "state of another dtype" if state is not None and state.dtype != x.dtype else None
+    lacks = "single tap" if taps == 1 else lacks
+    if use_triton("causal_conv", x, weight, bias, state, rank, unsupported=lacks):
+        out, new_state = ops.convolution(x, weight, bias, state, rank)
+        return out, new_state
     real = x if rank is None else x.masked_fill((rank < 0)[..., None], 0.0)
     read = torch.cat([x.new_zeros(before) if state is None else state.to(x.dtype), real], dim=1)
     wide = torch.promote_types(x.dtype, torch.float32)

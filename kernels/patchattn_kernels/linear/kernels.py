@@ -1,363 +1,265 @@
-"""Linear attention in Triton: a prompt, a part of one or one token in one pass. Specification: reference.py.
-
-A program owns the queries of one head and a block of value columns, and walks them in chunks, as the reference does.
-The state stays on the chip; features are made there of the tiles that are read anyway, and never leave it.
-"""
+"""Launch the kernels of linear attention, and list them for the static check. Specification: reference.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import interpreted
 from ..static import Compile
-
-
-class Tiles(NamedTuple):
-    """How many tokens and value columns a program holds at a time, and how it is launched."""
-
-    tokens: int
-    values: int
-    num_warps: int
-    num_stages: int
-
+from .backward import keys_kernel, queries_kernel, slope_kernel, window_keys_kernel, window_queries_kernel
+from .chunks import Tiles
+from .forward import forward_kernel
 
 # By bits of a number. A chunk's features, both halves of the state and the products of a tile have to fit side by side:
 # with more tokens at a time, or float32 in parts of tf32, they would spill.
-FORWARD = {16: Tiles(16, 32, 4, 1), 32: Tiles(16, 16, 8, 1)}
+FORWARD = {16: Tiles(16, 32, 4, 1), 32: Tiles(16, 16, 16, 1)}
 GATED = FORWARD | {16: Tiles(16, 16, 4, 1)}  # with a decay, more columns of values would spill on Ampere
-GATES = FORWARD | {16: Tiles(16, 32, 8, 1)}  # with one for every feature any number would
+GATES = {16: Tiles(16, 32, 8, 1), 32: Tiles(16, 16, 8, 1)}  # with one for every feature any number would
+# Backward, one half of the state and the gradient of the map.
+WALK = {16: Tiles(16, 128, 8, 1), 32: Tiles(16, 64, 8, 1)}
+PLAIN_FORWARD = {16: Tiles(16, 32, 8, 1)}  # without a map, of up to 128 features
+NEAR_QUERIES = {16: Tiles(64, 128, 8, 1), 32: Tiles(16, 64, 8, 1)}
+NEAR_KEYS = {16: Tiles(32, 128, 4, 1), 32: Tiles(16, 64, 8, 1)}
 PRECISION = "ieee"
+KEPT = (torch.float32, torch.float32, torch.float32, torch.int32)
 
 
-@triton.jit
-def _load(ptr, rows, stride, columns, row_mask, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of a matrix whose columns lie side by side; zeros where there is none. `rows * stride` is small."""
-    mask = row_mask[:, None] if columns.shape[0] == D else row_mask[:, None] & (columns < D)[None, :]
-    tile = tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tile.to(tl.float32) if UPCAST else tile
+class Given(NamedTuple):
+    """The tensors of a call; `near_q` and `near_k` are None where they are q and k."""
+
+    q: Tensor  # [B, H, T, D]
+    k: Tensor
+    v: Tensor
+    near_q: Tensor | None
+    near_k: Tensor | None
+    q_weight: Tensor | None  # [heads, D, F]
+    k_weight: Tensor | None
+    q_bias: Tensor | None  # [heads, F]
+    k_bias: Tensor | None
+    gate: Tensor | None  # [B, heads, S, 1 or K]
+    window_factor: Tensor  # [H] or [1]
+    linear_factor: Tensor
+    state: Tensor | None
+    rank: Tensor | None
 
 
-@triton.jit
-def _rank(rank_ptr, batch, columns, inside, S):
-    """Places among the real tokens of a row; -1 for padding and beyond the tokens."""
-    if rank_ptr is None:
-        place = columns
-    else:
-        place = tl.load(rank_ptr + batch * S + columns, mask=inside, other=-1)
-    return tl.where(inside, place, -1)
+class Form(NamedTuple):
+    """Its settings."""
+
+    kind: str
+    window: int
+    terraced: bool
+    overlap: bool
+    causal: bool
+    scale: float
+    feature_scale: float
+    normalise: bool
+    eps: float
+    state_heads: int
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.kind in ("softmax", "exp") else 1
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before its own a query may read by softmax."""
+        return (2 * self.window if self.terraced else self.window) - 1
 
 
-@triton.jit
-def _window_start(place, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
-    if TERRACED:
-        return WINDOW * (place // WINDOW - 1)
-    return place - WINDOW + 1
+def mapped(given: Given) -> int:
+    """Columns of one half of the features."""
+    weight = given.q_weight if given.k_weight is None else given.k_weight
+    return given.q.shape[-1] if weight is None else weight.shape[-1]
 
 
-@triton.jit
-def _in_state(place, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
-    """How many tokens a state holds when the token at `place` comes."""
-    if WINDOW:
-        return tl.maximum(_window_start(place, WINDOW, TERRACED), 0)
-    return place
-
-
-@triton.jit
-def _weight(ptr, head, D: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-            UPCAST: tl.constexpr):  # fmt: skip
-    """The map of one head, read once; nothing where there is none."""
-    rows, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
-    if ptr is None:
-        weight = rows
-    else:
-        weight = _load(ptr + head * D * F, rows, F, columns, rows < D, F, UPCAST)
-    return weight
-
-
-@triton.jit
-def _map(x, weight, PRECISION: tl.constexpr, MAPPED: tl.constexpr):
-    """`x @ weight` in float32; x itself without a weight."""
-    if MAPPED:
-        z = tl.dot(x, weight, input_precision=PRECISION)
-    else:
-        z = x.to(tl.float32)
-    return z
-
-
-@triton.jit
-def _features(z, real, KIND: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Features of z, zeros for rows that are not real and columns beyond F."""
-    keep = real[:, None] & (tl.arange(0, BLOCK_F) < F)[None, :]
-    if KIND == "softmax" or KIND == "exp":
-        z = tl.where(keep, z, float("-inf"))
-        top = tl.max(z, 1)
-        found = tl.exp(z - tl.where(real, top, 0.0)[:, None])
-        if KIND == "softmax":
-            total = tl.sum(found, 1)
-            found /= tl.where(real, total, 1.0)[:, None]
-    elif KIND == "relu":
-        found = tl.maximum(z, 0.0)
-    elif KIND == "elu":
-        found = tl.where(z > 0, z + 1, tl.exp(tl.minimum(z, 0.0)))
-    else:
-        found = z
-    if KIND != "identity":
-        found = tl.maximum(found, 1e-12)
-    return tl.where(keep, found, 0.0)
-
-
-@triton.jit
-def _gates(gate_ptr, row, columns, inside, K: tl.constexpr, FIRST: tl.constexpr, BLOCK_F: tl.constexpr,
-           F: tl.constexpr):  # fmt: skip
-    """Sums of the log gates of a chunk up to each token, `[tokens, BLOCK_F]`; one column serves all for K = 1."""
-    features = tl.arange(0, BLOCK_F)
-    if K == 1:
-        gate = tl.load(gate_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
-        return tl.cumsum(gate, 0)[:, None] + tl.zeros([columns.shape[0], BLOCK_F], tl.float32)
-    mask = inside[:, None] & (features < F)[None, :]
-    gate = tl.load(gate_ptr + (row + columns)[:, None] * K + FIRST + features[None, :], mask=mask, other=0.0)
-    return tl.cumsum(gate.to(tl.float32), 0)
-
-
-@triton.jit
-def _decayed(phi_q, phi_k, decay, BLOCK_T: tl.constexpr):
-    """Products of features with a decay of each, key by key: inverses of strong decays would overflow."""
-    rows = tl.arange(0, BLOCK_T)
-    weights = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    for j in range(BLOCK_T):
-        one = (rows == j)[:, None]
-        key, upto = tl.sum(tl.where(one, phi_k, 0.0), 0), tl.sum(tl.where(one, decay, 0.0), 0)
-        column = tl.sum(phi_q * key[None, :] * tl.exp(tl.minimum(decay - upto[None, :], 0.0)), 1)
-        weights = tl.where((rows == j)[None, :], column[:, None], weights)
-    return weights
-
-
-@triton.jit
-def _read(phi, state, dtype: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Features times the state; sums over a long past do not fit into float16."""
-    if dtype == tl.bfloat16 and not UPCAST:
-        found = tl.dot(phi.to(dtype), state.to(dtype))
-    elif dtype == tl.float16:
-        found = tl.dot(phi, state, input_precision="tf32")
-    else:
-        found = tl.dot(phi, state, input_precision=PRECISION)
-    return found
-
-
-@triton.jit
-def _last(decay, BLOCK_T: tl.constexpr):
-    return tl.sum(tl.where((tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None], decay, 0.0), 0)
-
-
-@triton.jit(do_not_specialize=["T", "S", "tiles"])
-def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, q_weight_ptr, k_weight_ptr, gate_ptr, rank_ptr, window_factor_ptr,
-    linear_factor_ptr, state_ptr, new_state_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_ot, T, S, tiles, scale, feature_scale, eps,
-    H: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr, GATE_GROUP: tl.constexpr,
-    GATES: tl.constexpr, KIND: tl.constexpr, BOTH: tl.constexpr, MAPPED: tl.constexpr, WINDOW: tl.constexpr,
-    TERRACED: tl.constexpr, NORMALISE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """`tiles` tiles of keys are at hand for a chunk: those that some of its queries may read by softmax, and its own.
-
-    `plus` and `minus` are the state of both halves of the features; without BOTH there is the first alone.
-    """
-    batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
-    K: tl.constexpr = 2 * F if BOTH else F
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head // K_GROUP * stride_kh
-    v_ptr += batch * stride_vb + head // V_GROUP * stride_vh
-    columns, features = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
-    values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    lanes, past = tl.arange(0, BLOCK_T), S - T
-    gate_row = (batch * (H // GATE_GROUP) + head // GATE_GROUP) * S
-    q_weight = _weight(q_weight_ptr, head, D, F, BLOCK_D, BLOCK_F, UPCAST)
-    k_weight = _weight(k_weight_ptr, head, D, F, BLOCK_D, BLOCK_F, UPCAST)
-    window_factor = tl.load(window_factor_ptr + head) if WINDOW else 0.0
-    linear_factor = tl.load(linear_factor_ptr + head) if linear_factor_ptr is not None else 1.0
-
-    plus = tl.zeros([BLOCK_F, BLOCK_V], tl.float32)
-    plus_sum = tl.zeros([BLOCK_F], tl.float32)
-    minus, minus_sum = plus, plus_sum
-    state_row = (batch * (H // STATE_GROUP) + head // STATE_GROUP) * K
-    if state_ptr is not None:
-        given = state_ptr + state_row * (DV + 1)
-        plus = _load(given, features, DV + 1, values, features < F, DV, False)
-        plus_sum = tl.load(given + features * (DV + 1) + DV, mask=features < F, other=0.0)
-        if BOTH:
-            given += F * (DV + 1)
-            minus = _load(given, features, DV + 1, values, features < F, DV, False)
-            minus_sum = tl.load(given + features * (DV + 1) + DV, mask=features < F, other=0.0)
-    if rank_ptr is None:
-        first, after = past, S
-    else:
-        first, after = tl.load(rank_ptr + batch * S + past), tl.load(rank_ptr + batch * S + S - 1) + 1
-    absorbed = _in_state(tl.maximum(first, 0), WINDOW, TERRACED)
-    leaving = _in_state(after, WINDOW, TERRACED)
-
-    for start in range(0, T, BLOCK_T):
-        rows = start + lanes
-        inside = rows < T
-        place = _rank(rank_ptr, batch, past + rows, inside, S)
-        q = _load(q_ptr + tl.cast(start, tl.int64) * stride_qt, lanes, stride_qt, columns, inside, D, UPCAST)
-        z_q = _map(q, q_weight, PRECISION, MAPPED)
-        # One half of the features after the other, and made anew where they are needed: both would not fit.
-        phi_q = _features(z_q, inside, KIND, F, BLOCK_F) * feature_scale
-        if GATES:
-            decay_plus = _gates(gate_ptr, gate_row, past + rows, inside & (place >= 0), GATES, 0, BLOCK_F, F)
-            phi_q *= tl.exp(decay_plus)
-        acc = _read(phi_q, plus, v_ptr.dtype.element_ty, PRECISION, UPCAST)
-        total = tl.sum(phi_q * plus_sum[None, :], 1)
-        if BOTH:
-            phi_q = _features(-z_q, inside, KIND, F, BLOCK_F) * feature_scale
-            if GATES:
-                decay_minus = _gates(gate_ptr, gate_row, past + rows, inside & (place >= 0), GATES, F, BLOCK_F, F)
-                phi_q *= tl.exp(decay_minus)
-            acc += _read(phi_q, minus, v_ptr.dtype.element_ty, PRECISION, UPCAST)
-            total += tl.sum(phi_q * minus_sum[None, :], 1)
-        near = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        near_sum = tl.zeros([BLOCK_T], tl.float32)
-        near_max = near_sum - float("inf")
-        for tile in range(tiles):
-            base = tl.cast(past + start - (tiles - 1 - tile) * BLOCK_T, tl.int64)
-            there = (base + lanes).to(tl.int32)
-            real = (there >= 0) & (there < S)
-            key = _rank(rank_ptr, batch, there, real, S)
-            k = _load(k_ptr + base * stride_ks, lanes, stride_ks, columns, real, D, UPCAST)
-            v = _load(v_ptr + base * stride_vs, lanes, stride_vs, values, real, DV, UPCAST)
-            z = _map(k, k_weight, PRECISION, MAPPED)
-            fresh = key >= absorbed
-            stop = _window_start(place, WINDOW, TERRACED) if WINDOW else place + 1
-            far = key[None, :] < stop[:, None]
-            phi_q = _features(z_q, inside, KIND, F, BLOCK_F) * feature_scale
-            phi_k = _features(z, fresh, KIND, F, BLOCK_F)
-            if GATES > 1:
-                weights = _decayed(phi_q, phi_k, decay_plus, BLOCK_T)
-            else:
-                weights = tl.dot(phi_q.to(v.dtype), tl.trans(phi_k.to(v.dtype)), input_precision=PRECISION)
-            if BOTH:
-                phi_q = _features(-z_q, inside, KIND, F, BLOCK_F) * feature_scale
-                phi_k = _features(-z, fresh, KIND, F, BLOCK_F)
-                if GATES > 1:
-                    weights += _decayed(phi_q, phi_k, decay_minus, BLOCK_T)
-                else:
-                    weights = tl.dot(phi_q.to(v.dtype), tl.trans(phi_k.to(v.dtype)), acc=weights,
-                                     input_precision=PRECISION)  # fmt: skip
-            if GATES == 1:
-                upto = tl.max(decay_plus, 1)  # all columns are alike
-                weights *= tl.exp(tl.minimum(upto[:, None] - upto[None, :], 0.0))
-            weights = tl.where(far, weights, 0.0)
-            acc = tl.dot(weights.to(v.dtype), v, acc=acc, input_precision=PRECISION)
-            total += tl.sum(weights, 1)
-            if WINDOW:
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
-                keep = (key >= 0)[None, :] & (key[None, :] <= place[:, None]) & (key[None, :] >= stop[:, None])
-                scores = tl.where(keep, scores, float("-inf"))
-                new_max = tl.maximum(near_max, tl.max(scores, 1))
-                safe = tl.where(new_max == float("-inf"), 0.0, new_max)
-                shares, shrink = tl.exp2(scores - safe[:, None]), tl.exp2(near_max - safe)
-                near = tl.dot(shares.to(v.dtype), v, acc=near * shrink[:, None], input_precision=PRECISION)
-                near_sum, near_max = near_sum * shrink + tl.sum(shares, 1), new_max
-        # The window's weights are relative to its own maximum alone, so that both parts meet only now.
-        total = total * linear_factor + near_sum * window_factor
-        acc = acc * linear_factor + near * window_factor
-        if NORMALISE:
-            acc /= (total + eps)[:, None]
-        mask = inside[:, None] & (values < DV)[None, :]
-        written = out_ptr + batch * stride_ob + head * stride_oh + tl.cast(start, tl.int64) * stride_ot
-        tl.store(written + lanes[:, None] * stride_ot + values[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-        # What no later query has in its window goes into the state: one tile, and after the last chunk all that is due.
-        ended = start + BLOCK_T >= T
-        for tile in range(tl.where(ended, tiles, 1)):
-            base = tl.cast(past + start - (tiles - 1 - tile) * BLOCK_T, tl.int64)
-            there = (base + lanes).to(tl.int32)
-            real = (there >= 0) & (there < S)
-            key = _rank(rank_ptr, batch, there, real, S)
-            due = (key >= absorbed) & ((key < leaving) | (not ended))
-            k = _load(k_ptr + base * stride_ks, lanes, stride_ks, columns, due, D, UPCAST)
-            v = _load(v_ptr + base * stride_vs, lanes, stride_vs, values, due, DV, UPCAST)
-            z = _map(k, k_weight, PRECISION, MAPPED)
-            phi_k = _features(z, due, KIND, F, BLOCK_F)
-            if GATES:
-                end = _last(decay_plus, BLOCK_T)
-                phi_k *= tl.exp(end[None, :] - decay_plus)
-                plus, plus_sum = plus * tl.exp(end)[:, None], plus_sum * tl.exp(end)
-            plus = tl.dot(tl.trans(phi_k.to(v.dtype)), v, acc=plus, input_precision=PRECISION)
-            plus_sum += tl.sum(phi_k, 0)
-            if BOTH:
-                phi_k = _features(-z, due, KIND, F, BLOCK_F)
-                if GATES:
-                    end = _last(decay_minus, BLOCK_T)
-                    phi_k *= tl.exp(end[None, :] - decay_minus)
-                    minus, minus_sum = minus * tl.exp(end)[:, None], minus_sum * tl.exp(end)
-                minus = tl.dot(tl.trans(phi_k.to(v.dtype)), v, acc=minus, input_precision=PRECISION)
-                minus_sum += tl.sum(phi_k, 0)
-
-    if head % STATE_GROUP == 0:
-        mine = new_state_ptr + (state_row + features) * (DV + 1)
-        mask = (features < F)[:, None] & (values < DV)[None, :]
-        tl.store(mine[:, None] + values[None, :], plus, mask=mask)
-        if BOTH:
-            tl.store(mine[:, None] + F * (DV + 1) + values[None, :], minus, mask=mask)
-        if tl.program_id(1) == 0:
-            tl.store(mine + DV, plus_sum, mask=features < F)
-            if BOTH:
-                tl.store(mine + F * (DV + 1) + DV, minus_sum, mask=features < F)
-
-
-# ---- launchers ---------------------------------------------------------------------------------------------
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, kind: str, q_weight: Tensor | None, k_weight: Tensor | None, gate: Tensor | None,
-    window: int, terraced: bool, window_factor: Tensor, linear_factor: Tensor, scale: float, feature_scale: float,
-    normalise: bool, eps: float, rank: Tensor | None, state: Tensor | None, state_heads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`[B, H, T, Dv]` and the state; gate `[B, heads, S, 1 or K]`, factors `[H]`."""
-    (batch, heads, length, size), keys, width = q.shape, v.shape[2], v.shape[3]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    mapped = size if q_weight is None else q_weight.shape[-1]
-    kind, _, half = kind.partition("_")
-    both = kind in ("softmax", "exp") and not half
-    gates = 0 if gate is None else gate.shape[-1]
-    bits = 8 * q.element_size()
-    tiles = _table(gates)[bits]
-    out = q.new_empty(batch, length, heads, width).transpose(1, 2)
-    shape = batch, state_heads, 2 * mapped if both else mapped, width + 1
-    new_state = torch.empty(shape, dtype=torch.float32, device=q.device)
-    reach = (2 * window if terraced else window) - 1
-    at_hand = 1 + (triton.cdiv(reach, tiles.tokens) if window else 0)
+def forward(given: Given, form: Form, keep: bool) -> tuple[Tensor, ...]:
+    """`[B, H, T, Dv]`, the state, and what the gradients need of each query, `[B, H, T]` or empty: the sums of all
+    of its weights and of the linear ones, and the largest score of its window and whose it is."""
+    given = _ready(given)
+    (batch, heads, length, _), width = given.q.shape, given.v.shape[3]
+    gates = 0 if given.gate is None else given.gate.shape[-1]
+    bits = 8 * given.q.element_size()
+    tiles = (_table(gates) if mapped(given) <= 64 else PLAIN_FORWARD)[bits]
+    out = given.q.new_empty(batch, length, heads, width).transpose(1, 2)
+    shape = batch, form.state_heads, form.halves * mapped(given), width + 1
+    new_state = torch.empty(shape, dtype=torch.float32, device=out.device)
+    kept = [torch.empty((batch, heads, length) if wanted else (0,), dtype=dtype, device=out.device)
+            for wanted, dtype in zip((keep, *[keep and form.window] * 3), KEPT, strict=True)]  # fmt: skip
+    near_q = given.q if given.near_q is None else given.near_q
+    near_k = given.k if given.near_k is None else given.near_k
+    given_strides = [x.stride()[:3] for x in (given.q, given.k, given.v, near_q, near_k, out)]
     forward_kernel[(batch * heads, triton.cdiv(width, tiles.values))](
-        q, k, v, out, *(_as_read(x, q.dtype) for x in (q_weight, k_weight)), _as_read(gate, torch.float32),
-        None if rank is None else _as_read(rank.expand(batch, -1), torch.int32),
-        *(_as_read(x.expand(heads), torch.float32) for x in (window_factor, linear_factor)),
-        _as_read(state, torch.float32), new_state, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3], length, keys, at_hand, scale, feature_scale, eps,
-        H=heads, K_GROUP=heads // k.shape[1], V_GROUP=heads // v.shape[1], STATE_GROUP=heads // state_heads,
-        GATE_GROUP=1 if gate is None else heads // gate.shape[1], GATES=gates, KIND=kind, BOTH=both,
-        MAPPED=q_weight is not None, WINDOW=window, TERRACED=terraced, NORMALISE=normalise, D=size, DV=width, F=mapped,
-        BLOCK_D=max(16, triton.next_power_of_2(size)), BLOCK_V=tiles.values,
-        BLOCK_F=max(16, triton.next_power_of_2(mapped)), BLOCK_T=tiles.tokens, PRECISION=PRECISION,
-        UPCAST=interpreted() and bits == 16, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        given.q, given.k, given.v, near_q, near_k, out, given.q_weight, given.k_weight, given.q_bias, given.k_bias,
+        given.gate, given.rank, given.window_factor, given.linear_factor, given.state, new_state,
+        *(x if x.numel() else None for x in kept), *(stride for strides in given_strides for stride in strides),
+        length, given.v.shape[2], given.v.shape[2] - given.k.shape[2], *_at_hand(form, tiles), form.scale,
+        form.feature_scale, form.eps, BOTH=form.halves == 2, NEAR_GROUP=heads // near_k.shape[1],
+        BLOCK_V=tiles.values, **_shared(given, form, tiles), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    return out, new_state
+    return out, new_state, *kept
+
+
+def gradients(
+    d_out: Tensor, d_state: Tensor, given: Given, form: Form, out: Tensor, new_state: Tensor, total: Tensor,
+    far: Tensor, largest: Tensor, top: Tensor,
+) -> Given:  # fmt: skip
+    """Of every tensor that is given, in its dtype."""
+    raw, given = given, _ready(given)
+    (batch, heads, length, size), (keys, width) = given.q.shape, given.v.shape[2:]
+    gates = 0 if given.gate is None else given.gate.shape[-1]
+    bits, features = 8 * given.q.element_size(), mapped(given)
+    tiles = WALK[bits]
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    d_state = _as_read(d_state, torch.float32)
+    extra, halves = keys - given.k.shape[2], form.halves
+
+    def fresh(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=d_out.device)
+
+    slope = fresh(batch, heads, length)
+    if form.normalise:
+        slope_kernel[(batch * heads, triton.cdiv(length, 32))](
+            out, d_out, total, slope, *out.stride()[:3], *d_out.stride()[:3], length, H=heads, DV=width,
+            BLOCK_V=max(16, triton.next_power_of_2(width)), BLOCK_T=32,
+        )  # fmt: skip
+    dq, dk = fresh(halves, batch, heads, length, size), fresh(halves, batch, heads, keys - extra, size)
+    dv = fresh(halves, batch, heads, keys, width)
+    d_weights = [None if weight is None else fresh(halves, batch, heads, size, features)
+                 for weight in (given.q_weight, given.k_weight)]  # fmt: skip
+    d_biases = [None if bias is None else fresh(halves, batch, heads, features)
+                for bias in (given.q_bias, given.k_bias)]  # fmt: skip
+    taken = fresh(halves, batch, heads, length)  # of the linear factor, by query
+    d_gate, d_given = None, None
+    if gates:
+        d_gate = fresh(*(() if gates > 1 else (halves,)), batch, heads, keys - extra, gates)
+    if given.state is not None:
+        d_given = fresh(batch, heads, halves * features, width + 1)
+    read = (given.q, given.k, given.v, d_out, given.q_weight, given.k_weight, given.q_bias, given.k_bias, given.gate,
+            given.rank, given.linear_factor)  # fmt: skip
+    strides = [stride for x in (given.q, given.k, given.v, d_out) for stride in x.stride()[:3]]
+    sizes = (*strides, length, keys, extra, _at_hand(form, tiles)[1], form.feature_scale)
+    shared = _shared(given, form, tiles) | dict(
+        HALVES=halves, BLOCK_V=max(16, triton.next_power_of_2(width)), num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )  # fmt: skip
+    queries_kernel[(batch * heads, halves)](
+        *read, given.state, total, slope, dq, d_weights[0], d_biases[0], d_gate, taken, *sizes, **shared
+    )
+    keys_kernel[(batch * heads, halves)](
+        *read, new_state, total, slope, d_state, dk, dv, d_weights[1], d_biases[1], d_gate, d_given, *sizes, **shared
+    )
+    near_dq, near_dk, d_window = None, None, None
+    d_linear = taken
+    if form.window:
+        near_q = given.q if given.near_q is None else given.near_q
+        near_k = given.k if given.near_k is None else given.near_k
+        near_dq = dq[:1] if given.near_q is None else fresh(1, batch, heads, length, size)
+        near_dk = dk[:1] if given.near_k is None else fresh(1, batch, heads, keys, size)
+        by_query, by_key = NEAR_QUERIES[bits], NEAR_KEYS[bits]
+        pieces = triton.cdiv(length, by_query.tokens)
+        d_window, d_linear = fresh(1, batch, heads, pieces), fresh(1, batch, heads, pieces)
+        shift = fresh(batch, heads, length)
+        near = (near_q, near_k, given.v, d_out, given.rank, given.window_factor)
+        rows = (total, slope, largest, top, shift)
+        strides = [stride for x in (near_q, near_k, given.v, d_out) for stride in x.stride()[:3]]
+        shared = {name: value for name, value in shared.items() if name in NEAR_CONSTANTS}
+        shared |= dict(K_GROUP=heads // near_k.shape[1])
+        window_queries_kernel[(batch * heads, pieces)](
+            *near, given.linear_factor, *rows, far, taken, near_dq, d_window, d_linear, *strides, length, keys,
+            _at_hand(form, by_query)[0], form.scale, HALVES=halves, ADD=given.near_q is None, BLOCK_T=by_query.tokens,
+            num_warps=by_query.num_warps, num_stages=by_query.num_stages, **shared,
+        )  # fmt: skip
+        window_keys_kernel[(batch * heads, triton.cdiv(keys, by_key.tokens))](
+            *near, *rows, near_dk, dv, *strides, length, keys, _at_hand(form, by_key)[0], form.scale,
+            ADD=given.near_k is None, BLOCK_T=by_key.tokens, num_warps=by_key.num_warps, num_stages=by_key.num_stages,
+            **shared,
+        )  # fmt: skip
+    return Given(
+        q=_gathered(dq.sum(0), raw.q), k=_gathered(dk.sum(0), raw.k), v=_gathered(dv.sum(0), raw.v),
+        near_q=None if raw.near_q is None or near_dq is None else _gathered(near_dq[0], raw.near_q),
+        near_k=None if raw.near_k is None or near_dk is None else _gathered(near_dk[0], raw.near_k),
+        q_weight=_parameter(d_weights[0], raw.q_weight), k_weight=_parameter(d_weights[1], raw.k_weight),
+        q_bias=_parameter(d_biases[0], raw.q_bias), k_bias=_parameter(d_biases[1], raw.k_bias),
+        gate=None if raw.gate is None or d_gate is None
+        else _gathered(d_gate if gates > 1 else d_gate.sum(0), raw.gate),
+        window_factor=_factor(d_window, raw.window_factor), linear_factor=_factor(d_linear, raw.linear_factor),
+        state=None if raw.state is None or d_given is None else _gathered(d_given, raw.state), rank=None,
+    )  # fmt: skip
+
+
+NEAR_CONSTANTS = ("H", "V_GROUP", "WINDOW", "TERRACED", "D", "DV", "BLOCK_D", "BLOCK_V", "PRECISION", "UPCAST")
+
+
+def _gathered(gradient: Tensor, like: Tensor) -> Tensor:
+    """Gradients `[B, H, ...]` of what query heads share, added up."""
+    if gradient.shape[1] != like.shape[1]:
+        gradient = gradient.unflatten(1, (like.shape[1], -1)).sum(2)
+    return gradient.to(like.dtype)
+
+
+def _parameter(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """Of what all rows share too: `[halves, B, H, ...]`."""
+    return None if gradient is None or like is None else _gathered(gradient.sum((0, 1))[None], like[None])[0]
+
+
+def _factor(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Of a number that a head has, or all have: `[halves, B, H, parts]`."""
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.sum((0, 1, 3) if like.shape == gradient.shape[2:3] else None).view(like.shape).to(like.dtype)
+
+
+def _ready(given: Given) -> Given:
+    """As the kernels read it."""
+    heads, dtype = given.q.shape[1], given.q.dtype
+    tokens: dict[str, Any] = {name: x if x is None or x.stride(-1) == 1 else x.contiguous() for name, x in
+              zip(("q", "k", "v", "near_q", "near_k"), given[:5], strict=True)}  # fmt: skip
+    floats: dict[str, Any] = {
+        name: _as_read(getattr(given, name), torch.float32) for name in ("q_bias", "k_bias", "gate", "state")
+    }
+    floats |= {name: _as_read(getattr(given, name).expand(heads), torch.float32)
+               for name in ("window_factor", "linear_factor")}  # fmt: skip
+    weights = {name: _as_read(getattr(given, name), dtype) for name in ("q_weight", "k_weight")}
+    rank = None if given.rank is None else _as_read(given.rank.expand(given.q.shape[0], -1), torch.int32)
+    return given._replace(**tokens, **floats, **weights, rank=rank)
+
+
+def _at_hand(form: Form, tiles: Tiles) -> tuple[int, int]:
+    """Tiles of keys that a chunk's queries may read by softmax, and those of them that no state holds yet."""
+    at_hand = 1 + triton.cdiv(form.reach, tiles.tokens) if form.window else 1
+    return at_hand, 1 if form.overlap else at_hand
+
+
+def _shared(given: Given, form: Form, tiles: Tiles) -> dict[str, Any]:
+    """What the walks of both directions are compiled for."""
+    (_, heads, _, size), features = given.q.shape, mapped(given)
+
+    def group(x: Tensor | None, dim: int = 1) -> int:
+        return 1 if x is None else heads // x.shape[dim]
+
+    return dict(
+        H=heads, K_GROUP=group(given.k), V_GROUP=group(given.v), QW_GROUP=group(given.q_weight, 0),
+        KW_GROUP=group(given.k_weight, 0), STATE_GROUP=heads // form.state_heads, GATE_GROUP=group(given.gate),
+        GATES=0 if given.gate is None else given.gate.shape[-1], KIND=form.kind.partition("_")[0],
+        Q_MAPPED=given.q_weight is not None, K_MAPPED=given.k_weight is not None, WINDOW=form.window,
+        TERRACED=form.terraced, OVERLAP=form.overlap, CAUSAL=form.causal, NORMALISE=form.normalise, D=size,
+        DV=given.v.shape[3], F=features,
+        BLOCK_D=max(16, triton.next_power_of_2(size)), BLOCK_F=max(16, triton.next_power_of_2(features)),
+        BLOCK_T=tiles.tokens, PRECISION=PRECISION, UPCAST=interpreted() and given.q.element_size() == 2,
+    )  # fmt: skip
 
 
 def _table(gates: int) -> dict[int, Tiles]:
     return GATES if gates > 1 else GATED if gates else FORWARD
 
 
-def _as_read(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _as_read(x: Any, dtype: torch.dtype) -> Any:
     return None if x is None else x.to(dtype).contiguous()
 
 
@@ -365,26 +267,61 @@ def _as_read(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _static() -> Iterator[Compile]:
-    types = {f"{name}_ptr": "*T:16" for name in ("q", "k", "v", "out", "q_weight", "k_weight")}
-    floats = ("gate", "window_factor", "linear_factor", "state", "new_state")
-    types |= {f"{name}_ptr": "*fp32:16" for name in floats} | {"rank_ptr": "*i32:16"}
-    types |= {f"stride_{tensor}{side}": "i32:16" for tensor, last in zip("qkvo", "tsst", strict=True)
-              for side in f"bh{last}"}  # fmt: skip
-    types |= dict(T="i32", S="i32", tiles="i32", scale="fp32", feature_scale="fp32", eps="fp32")
-    for label, gates, window in (("pure", 0, 0), ("window", 0, 64), ("scalar gate", 1, 0), ("gates", 128, 0)):
-        for bits, tiles in _table(gates).items():
-            constants = dict(
-                H=32, K_GROUP=4, V_GROUP=4, STATE_GROUP=1, GATE_GROUP=4, GATES=gates, KIND="softmax", BOTH=True,
-                MAPPED=True, WINDOW=window, TERRACED=False, NORMALISE=True, D=128, DV=128, F=64, BLOCK_D=128,
-                BLOCK_V=tiles.values, BLOCK_F=64, BLOCK_T=tiles.tokens, PRECISION=PRECISION, UPCAST=False,
+    same = ("q", "k", "v", "near_q", "near_k", "out", "d_out", "q_weight", "k_weight")
+    floats = ("gate", "window_factor", "linear_factor", "state", "new_state", "d_new_state", "total", "far", "taken",
+              "d_window", "d_linear", "largest", "shift", "slope", "factor", "dq", "dk", "dv", "d_weight", "d_gate",
+              "d_state")  # fmt: skip
+    types = {f"{name}_ptr": "*T:16" for name in same} | {f"{name}_ptr": "*fp32:16" for name in floats}
+    types |= {f"{name}_ptr": "*i32:16" for name in ("rank", "top")}
+    types |= {f"stride_{tensor}{side}": "i32:16" for tensor in "qkvnmod" for side in "bhts"}
+    types |= dict.fromkeys(("T", "S", "extra", "tiles", "late"), "i32")
+    types |= dict.fromkeys(("scale", "feature_scale", "eps"), "fp32")
+    numbers = dict(
+        H=32, K_GROUP=4, V_GROUP=4, NEAR_GROUP=4, QW_GROUP=1, KW_GROUP=1, STATE_GROUP=1, GATE_GROUP=4, TERRACED=False,
+        OVERLAP=False, CAUSAL=True, NORMALISE=True, ADD=True, PRECISION=PRECISION, UPCAST=False,
+    )  # fmt: skip
+    learned = dict(KIND="softmax", BOTH=True, HALVES=2, Q_MAPPED=True, K_MAPPED=True)
+    plain = dict(KIND="identity", BOTH=False, HALVES=1, Q_MAPPED=False, K_MAPPED=False)
+    every, mixed, few = (80, 90, 100), {"bf16": "both", "fp32": "none"}, {"bf16": "mma", "fp32": "none"}
+    own = {"bf16": "own", "fp32": "none"}
+    near = [("dq near", window_queries_kernel, NEAR_QUERIES, dict(WINDOW=64), own),
+            ("dk dv near", window_keys_kernel, NEAR_KEYS, dict(WINDOW=64), few)]  # fmt: skip
+    walks: list[tuple[Any, ...]] = []
+    for label, forms in (
+        ("pure", dict(GATES=0, WINDOW=0)), ("window", dict(GATES=0, WINDOW=64)),
+        ("both directions", dict(GATES=0, WINDOW=0, CAUSAL=False)), ("scalar gate", dict(GATES=1, WINDOW=0)),
+        ("gates", dict(GATES=128, WINDOW=0)),
+    ):  # fmt: skip
+        walks += [(f"forward {label}", forward_kernel, _table(forms["GATES"]), learned | forms, mixed),
+                  (f"dq {label}", queries_kernel, WALK, learned | forms, mixed),
+                  (f"dk dv {label}", keys_kernel, WALK, learned | forms, mixed)]  # fmt: skip
+        if label in ("scalar gate", "gates"):
+            walks.append((f"forward {label}, no map", forward_kernel, PLAIN_FORWARD, plain | forms, mixed))
+    for label, kernel, table, constants, products in walks + near:
+        for bits, tiles in table.items():
+            size = 128
+            if bits == 32 and kernel is not forward_kernel:  # see `_unsupported` in __init__.py
+                size = 32 if constants.get("GATES") == 1 else 64
+            features = size // 2 if constants.get("HALVES") == 2 else size  # of one half
+            names = kernel.arg_names
+            given = numbers | constants | dict(
+                D=size, DV=size, F=features, BLOCK_D=size, BLOCK_V=min(tiles.values, size), BLOCK_F=features,
+                BLOCK_T=tiles.tokens,
             )  # fmt: skip
-            given = types if gates else {name: text for name, text in types.items() if name != "gate_ptr"}
+            absent = {"q_bias_ptr", "k_bias_ptr", "d_bias_ptr"}
+            absent |= set() if constants.get("GATES") else {"gate_ptr", "d_gate_ptr"}
+            absent |= set() if constants.get("Q_MAPPED") else {"q_weight_ptr", "k_weight_ptr", "d_weight_ptr"}
+            chips = every if not constants.get("GATES", 0) > 1 or bits == 32 else (90, 100)
             yield Compile(
-                f"{label} {tiles.tokens}x{tiles.values}", forward_kernel, given,
-                constants | ({} if gates else {"gate_ptr": None}), tiles.num_warps, tiles.num_stages,
-                {"bf16": "both", "fp32": "none"}, ("bf16" if bits == 16 else "fp32",),
-                (90, 100) if gates > 1 and bits == 16 else (80, 90, 100),
+                f"{label} {tiles.tokens}x{tiles.values}", kernel,
+                {name: types[name] for name in names if name in types and name not in absent},
+                {name: given.get(name) for name in names if name in given or name in absent}, tiles.num_warps,
+                tiles.num_stages, products, ("bf16" if bits == 16 else "fp32",), chips,
             )  # fmt: skip
+    yield Compile(
+        "slope", slope_kernel, {name: types[name] for name in slope_kernel.arg_names if name in types},
+        dict(H=32, DV=128, BLOCK_V=128, BLOCK_T=32), 4, 3, "none", ("bf16",),
+    )  # fmt: skip
 
 
 STATIC = list(_static())

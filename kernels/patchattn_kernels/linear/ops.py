@@ -1,4 +1,4 @@
-"""The primitive's kernel as a torch operator, so that torch.compile keeps one graph and autograd knows its gradient."""
+"""The primitive's kernels as torch operators, so that torch.compile keeps one graph and autograd their gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import Call, FeatureMap, Reach, linear_reference
+TENSORS = 14  # of a call, the last of them its rank
 
 
 @torch.library.custom_op("patchattn::linear", mutates_args=())
@@ -15,8 +15,12 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    near_q: Tensor | None,
+    near_k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     gate: Tensor | None,
     window_factor: Tensor,
     linear_factor: Tensor,
@@ -25,39 +29,60 @@ def forward(
     kind: str,
     window: int,
     terraced: bool,
+    overlap: bool,
+    causal: bool,
     scale: float,
     feature_scale: float,
     normalise: bool,
     eps: float,
     state_heads: int,
-) -> tuple[Tensor, Tensor]:
-    """The output and the state; factors are `[H]` or `[1]`."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, the state, and with `keep` what the gradient needs of each query; see `kernels.Given` and `Form`."""
     from . import kernels
 
+    given = kernels.Given(q, k, v, near_q, near_k, q_weight, k_weight, q_bias, k_bias, gate, window_factor,
+                          linear_factor, state, rank)  # fmt: skip
+    form = kernels.Form(kind, window, terraced, overlap, causal, scale, feature_scale, normalise, eps, state_heads)
     with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
-        return kernels.forward(q, k, v, kind, q_weight, k_weight, gate, window, terraced, window_factor, linear_factor,
-                               scale, feature_scale, normalise, eps, rank, state, state_heads)  # fmt: skip
+        out, new_state, total, far, largest, top = kernels.forward(given, form, keep)
+    return out, new_state, total, far, largest, top
 
 
 @forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
-    kind, state_heads = others[6], others[-1]
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    weight = others[2] if others[3] is None else others[3]  # near_q and near_k come before
+    kind, window, state_heads, keep = others[11], others[12], others[20], others[21]
     (batch, heads, length, size), width = q.shape, v.shape[3]
-    mapped = size if q_weight is None else q_weight.shape[-1]
+    mapped = size if weight is None else weight.shape[-1]
     features = 2 * mapped if kind in ("softmax", "exp") else mapped
     out = q.new_empty(batch, length, heads, width).transpose(1, 2)
-    return out, q.new_empty(batch, state_heads, features, width + 1, dtype=torch.float32)
+    total, largest = (
+        q.new_empty((batch, heads, length) if kept else (0,), dtype=torch.float32) for kept in (keep, keep and window)
+    )
+    state = q.new_empty(batch, state_heads, features, width + 1, dtype=torch.float32)
+    return out, state, total, largest, torch.empty_like(largest), torch.empty_like(largest, dtype=torch.int32)
 
 
 @torch.library.custom_op("patchattn::linear_gradients", mutates_args=())
 def gradients(
     d_out: Tensor,
     d_state: Tensor,
+    out: Tensor,
+    new_state: Tensor,
+    total: Tensor,
+    far: Tensor,
+    largest: Tensor,
+    top: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    near_q: Tensor | None,
+    near_k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     gate: Tensor | None,
     window_factor: Tensor,
     linear_factor: Tensor,
@@ -66,46 +91,92 @@ def gradients(
     kind: str,
     window: int,
     terraced: bool,
+    overlap: bool,
+    causal: bool,
     scale: float,
     feature_scale: float,
     normalise: bool,
     eps: float,
+    state_heads: int,
 ) -> list[Tensor]:
-    """Of each floating tensor that is given, by the reference, whose memory grows with T and not with T * T."""
-    given = [q, k, v, q_weight, k_weight, gate, window_factor, linear_factor, state]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    """Of each floating tensor that is given."""
+    from . import kernels
 
-    def run(*floats: Tensor) -> tuple[Tensor, Tensor]:
-        left = iter(floats)
-        found: list[Any] = [x if x is None else next(left) for x in given]
-        q, k, v, q_weight, k_weight, gate, window_factor, linear_factor, state = found
-        return linear_reference(Call(
-            q=q, k=k, v=v, q_map=FeatureMap(kind, q_weight).to(wide), k_map=FeatureMap(kind, k_weight).to(wide),
-            window_q=q, window_k=k, gate=gate, reach=Reach(window, terraced, overlap=False), scale=scale,
-            window_factor=window_factor[:, None, None], linear_factor=linear_factor[:, None, None], state=state,
-            feature_scale=feature_scale, normalise=normalise, eps=eps,
-            rank=torch.arange(v.shape[2], device=v.device)[None] if rank is None else rank,
-        ))  # fmt: skip
-
-    # Autograd does not see what an operator does; this transform does.
-    differentiate = torch.func.vjp(run, *(x for x in given if x is not None))[1]
-    return [x.contiguous() for x in differentiate((d_out, d_state))]
+    given = kernels.Given(q, k, v, near_q, near_k, q_weight, k_weight, q_bias, k_bias, gate, window_factor,
+                          linear_factor, state, rank)  # fmt: skip
+    form = kernels.Form(kind, window, terraced, overlap, causal, scale, feature_scale, normalise, eps, state_heads)
+    with torch.cuda.device_of(q):
+        found = kernels.gradients(d_out, d_state, given, form, out, new_state, total, far, largest, top)
+    return [x.contiguous() for x in found if x is not None]
 
 
 @gradients.register_fake
-def _(d_out: Tensor, d_state: Tensor, *given: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in given[:9] if x is not None]
+def _(*given: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in given[8 : 8 + TENSORS - 1] if x is not None]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.settings = inputs[10:-1]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:TENSORS], *output)
+    ctx.settings = inputs[TENSORS:-1]
+    ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-    given = ctx.saved_tensors
-    found = iter(gradients(d_out, d_state, *given, *ctx.settings))
-    return (*(None if x is None else next(found) for x in given[:9]), *(None,) * 9)
+def _backward(ctx: Any, d_out: Tensor, d_state: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    given, output = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+    found = iter(gradients(d_out, d_state, *output, *given, *ctx.settings))
+    floats = [None if x is None else next(found) for x in given[:-1]]
+    return (*floats, *(None,) * (len(ctx.settings) + 2))
 
 
 forward.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("patchattn::causal_conv", mutates_args=())
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, rank: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The convolved tokens and the state."""
+    from . import conv_kernels
+
+    with torch.cuda.device_of(x):
+        return conv_kernels.forward(x, weight, bias, state, rank)
+
+
+@convolution.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+
+
+@torch.library.custom_op("patchattn::causal_conv_gradients", mutates_args=())
+def convolution_gradients(
+    d_out: Tensor,
+    d_state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    rank: Tensor | None,
+) -> list[Tensor]:
+    """Of each floating tensor that is given."""
+    from . import conv_kernels
+
+    with torch.cuda.device_of(x):
+        return conv_kernels.gradients(d_out, d_state, x, weight, bias, state, rank)
+
+
+@convolution_gradients.register_fake
+def _(d_out: Tensor, d_state: Tensor, *given: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in given[:4] if x is not None]
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _convolution_backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+    given = ctx.saved_tensors
+    found = iter(convolution_gradients(d_out, d_state, *given))
+    return (*(None if x is None else next(found) for x in given[:4]), None)
+
+
+convolution.register_autograd(_convolution_backward, setup_context=_save_convolution)
