@@ -284,7 +284,7 @@ def _static() -> Iterator[Compile]:
     plain = dict(KIND="identity", BOTH=False, HALVES=1, Q_MAPPED=False, K_MAPPED=False)
     every, mixed, few = (80, 90, 100), {"bf16": "both", "fp32": "none"}, {"bf16": "mma", "fp32": "none"}
     own = {"bf16": "own", "fp32": "none"}
-    near = [("dq near", window_queries_kernel, NEAR_QUERIES, dict(WINDOW=64), own),
+    near = [("dq near", window_queries_kernel, NEAR_QUERIES, dict(WINDOW=64, HALVES=2), own),
             ("dk dv near", window_keys_kernel, NEAR_KEYS, dict(WINDOW=64), few)]  # fmt: skip
     walks: list[tuple[Any, ...]] = []
     for label, forms in (
