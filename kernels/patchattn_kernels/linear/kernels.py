@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..dispatch import interpreted
 from ..static import Compile
+from . import conv_kernels
 from .backward import keys_kernel, queries_kernel, slope_kernel, window_keys_kernel, window_queries_kernel
 from .chunks import Tiles
 from .forward import forward_kernel
@@ -23,8 +24,7 @@ GATES = {16: Tiles(16, 32, 8, 1), 32: Tiles(16, 16, 8, 1)}  # with one for every
 # Backward, one half of the state and the gradient of the map.
 WALK = {16: Tiles(16, 128, 8, 1), 32: Tiles(16, 64, 8, 1)}
 PLAIN_FORWARD = {16: Tiles(16, 32, 8, 1)}  # without a map, of up to 128 features
-NEAR_QUERIES = {16: Tiles(64, 128, 8, 1), 32: Tiles(16, 64, 8, 1)}
-NEAR_KEYS = {16: Tiles(32, 128, 4, 1), 32: Tiles(16, 64, 8, 1)}
+NEAR = {16: Tiles(32, 128, 4, 1), 32: Tiles(16, 64, 8, 1)}  # more rows would spill
 PRECISION = "ieee"
 KEPT = (torch.float32, torch.float32, torch.float32, torch.int32)
 
@@ -161,24 +161,22 @@ def gradients(
         near_k = given.k if given.near_k is None else given.near_k
         near_dq = dq[:1] if given.near_q is None else fresh(1, batch, heads, length, size)
         near_dk = dk[:1] if given.near_k is None else fresh(1, batch, heads, keys, size)
-        by_query, by_key = NEAR_QUERIES[bits], NEAR_KEYS[bits]
-        pieces = triton.cdiv(length, by_query.tokens)
+        tiles = NEAR[bits]
+        at_hand, pieces = _at_hand(form, tiles)[0], triton.cdiv(length, tiles.tokens)
         d_window, d_linear = fresh(1, batch, heads, pieces), fresh(1, batch, heads, pieces)
         shift = fresh(batch, heads, length)
         near = (near_q, near_k, given.v, d_out, given.rank, given.window_factor)
         rows = (total, slope, largest, top, shift)
         strides = [stride for x in (near_q, near_k, given.v, d_out) for stride in x.stride()[:3]]
         shared = {name: value for name, value in shared.items() if name in NEAR_CONSTANTS}
-        shared |= dict(K_GROUP=heads // near_k.shape[1])
+        shared |= dict(K_GROUP=heads // near_k.shape[1], BLOCK_T=tiles.tokens, num_warps=tiles.num_warps,
+                       num_stages=tiles.num_stages)  # fmt: skip
         window_queries_kernel[(batch * heads, pieces)](
             *near, given.linear_factor, *rows, far, taken, near_dq, d_window, d_linear, *strides, length, keys,
-            _at_hand(form, by_query)[0], form.scale, HALVES=halves, ADD=given.near_q is None, BLOCK_T=by_query.tokens,
-            num_warps=by_query.num_warps, num_stages=by_query.num_stages, **shared,
+            at_hand, form.scale, HALVES=halves, ADD=given.near_q is None, **shared,
         )  # fmt: skip
-        window_keys_kernel[(batch * heads, triton.cdiv(keys, by_key.tokens))](
-            *near, *rows, near_dk, dv, *strides, length, keys, _at_hand(form, by_key)[0], form.scale,
-            ADD=given.near_k is None, BLOCK_T=by_key.tokens, num_warps=by_key.num_warps, num_stages=by_key.num_stages,
-            **shared,
+        window_keys_kernel[(batch * heads, triton.cdiv(keys, tiles.tokens))](
+            *near, *rows, near_dk, dv, *strides, length, keys, at_hand, form.scale, ADD=given.near_k is None, **shared,
         )  # fmt: skip
     return Given(
         q=_gathered(dq.sum(0), raw.q), k=_gathered(dk.sum(0), raw.k), v=_gathered(dv.sum(0), raw.v),
@@ -283,9 +281,8 @@ def _static() -> Iterator[Compile]:
     learned = dict(KIND="softmax", BOTH=True, HALVES=2, Q_MAPPED=True, K_MAPPED=True)
     plain = dict(KIND="identity", BOTH=False, HALVES=1, Q_MAPPED=False, K_MAPPED=False)
     every, mixed, few = (80, 90, 100), {"bf16": "both", "fp32": "none"}, {"bf16": "mma", "fp32": "none"}
-    own = {"bf16": "own", "fp32": "none"}
-    near = [("dq near", window_queries_kernel, NEAR_QUERIES, dict(WINDOW=64, HALVES=2), own),
-            ("dk dv near", window_keys_kernel, NEAR_KEYS, dict(WINDOW=64), few)]  # fmt: skip
+    near = [("dq near", window_queries_kernel, NEAR, dict(WINDOW=64, HALVES=2), few),
+            ("dk dv near", window_keys_kernel, NEAR, dict(WINDOW=64), few)]  # fmt: skip
     walks: list[tuple[Any, ...]] = []
     for label, forms in (
         ("pure", dict(GATES=0, WINDOW=0)), ("window", dict(GATES=0, WINDOW=64)),
@@ -324,4 +321,4 @@ def _static() -> Iterator[Compile]:
     )  # fmt: skip
 
 
-STATIC = list(_static())
+STATIC = [*_static(), *conv_kernels.STATIC]
