@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")  # the first since 5.24
 
 _SIZES_TAKE_POSITIONS = "cache_position" in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters  # before 5.4
 

@@ -631,8 +631,8 @@ importlib.reload(auto)
 """
     first, second, third = run_python(code).splitlines()
     assert first == "[]"
-    assert second == "['diffusers.quantizers.auto', 'transformers.quantizers.auto'] True True"
-    assert third == "['diffusers.quantizers.auto'] True"
+    assert second == "['lm_eval.models', 'diffusers.quantizers.auto', 'transformers.quantizers.auto'] True True"
+    assert third == "['lm_eval.models', 'diffusers.quantizers.auto'] True"
 
 
 def test_a_module_is_imported_after_another_once_and_its_failure_is_only_a_warning(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +271,12 @@ def test_a_signal_before_the_first_step_says_that_the_same_command_starts_again(
 ):
     file = tmp_path / "recipe-in.yaml"
     file.write_text(yaml.safe_dump(recipe_of(base, tmp_path / "out", STAGES)))
-    monkeypatch.setattr(_Conversion, where, lambda *args: os.kill(os.getpid(), number))
+
+    def interrupted(*args):
+        signal.pthread_kill(threading.get_ident(), number)  # to this thread, which alone runs what handles it
+        time.sleep(5)
+
+    monkeypatch.setattr(_Conversion, where, interrupted)
     assert app(["convert", str(file)], standalone_mode=False) == 128 + number
     said = capsys.readouterr().err
     assert f"stopped: interrupted by {signal.Signals(number).name} before" in said
