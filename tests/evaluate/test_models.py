@@ -169,11 +169,12 @@ def llama():
     return lab.load("lab-llama")
 
 
-@pytest.mark.parametrize("name", [name for name in builtin_names() if name != "var"])
+EXACT = [name for name in builtin_names() if name != "var" and not method_class(name).chooses]  # rounding turns choices
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_a_batch_scores_and_writes_what_single_questions_do(llama, name):
     method = method_class(name)
-    if method.chooses:
-        pytest.skip("it compares scores, which rounding may turn")
     lengths = (40, 90, 61)
     texts = [("The bakers open their doors. " * 40)[: length * 3] for length in lengths]
     asked = [Instance("loglikelihood", {}, (text, " and the river runs"), n) for n, text in enumerate(texts)]
